@@ -12,7 +12,7 @@ from schemas.state import Failure, NextAction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """`latency_ms` is the time of the call that told us, None for what was only read. `gateway_id` is the gateway's object, None if there is none yet."""
+    """`gateway_id` is the gateway's object, None if there is none yet. `latency_ms` is how long the telling call took."""
 
     gateway_id: str | None = None
     latency_ms: int | None = None

@@ -6,6 +6,7 @@ Rule: seen (inbox or version), parked and consumed are all decided under the ord
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from typing import Protocol
 
@@ -59,11 +60,16 @@ class Parking(Protocol):
     """Where messages that can't be handled wait, and where a group's halt is kept. Raises Unavailable while Postgres is away."""
 
     async def park(self, group: Group, received: Received, message_id: str | None, fault: Fault) -> None:
-        """In one transaction under the order's lock: the message with its bytes intact, its order parked (unless it has no key, or is a webhook),
-        its inbox mark, and the copy for `payment-events-dlq` in the outbox. Parking the same place (topic, partition, offset) again changes nothing."""
+        """Take the message out of the way, bytes intact, in one transaction under the order's lock.
+
+        Its order is parked too (unless it has no key, or is a webhook), its inbox mark is set, and the copy for `payment-events-dlq` is in the outbox.
+        Parking the same place (topic, partition, offset) again changes nothing.
+        """
         ...
 
-    async def halt(self, group: Group, reason: str) -> None: ...
+    async def halt_after(self, group: Group, bugs: int, within: timedelta) -> str | None:
+        """Halt the group if so many bugs were parked `within` (counted from its last resume on). The reason if it is halted now, else None."""
+        ...
 
     async def halted(self, group: Group) -> str | None:
         """Why the group is halted, None if it runs."""

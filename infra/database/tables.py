@@ -274,8 +274,9 @@ group_halts = Table(
     "group_halts",
     metadata,
     Column("group_name", Text, primary_key=True),
-    _time("halted_at"),
+    _time("halted_at", nullable=True),
     Column("reason", Text, nullable=False),
+    _time("resumed_at", nullable=True),
 )
 
 audit_log = Table(

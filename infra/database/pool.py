@@ -1,0 +1,66 @@
+"""Connections to Postgres, and the one place where the driver's errors become ours.
+
+Rule: what a retry can cure (no connection, a restart, a deadlock) is Unavailable; everything else is a bug and stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+from psycopg.rows import TupleRow
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
+
+from infra.settings import Database
+from schemas.errors import Unavailable
+
+Connection = psycopg.AsyncConnection[TupleRow]
+Pool = AsyncConnectionPool[Connection]
+
+_CONNECT: dict[str, Any] = {"connect_timeout": 5, "keepalives_idle": 10, "options": "-c statement_timeout=15000 -c lock_timeout=10000"}
+
+
+@asynccontextmanager
+async def opened_pool(settings: Database, name: str) -> AsyncIterator[Pool]:
+    """A pool of autocommit connections, opened without waiting for the server: a process starts, and is not ready, while Postgres is away."""
+    pool: Pool = AsyncConnectionPool(
+        settings.url.get_secret_value(),
+        min_size=1,
+        max_size=settings.pool_size,
+        timeout=5,
+        open=False,
+        name=name,
+        kwargs={**_CONNECT, "autocommit": True, "application_name": name},
+    )
+    await pool.open(wait=False)
+    try:
+        yield pool
+    finally:
+        await pool.close(timeout=2)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Within the block, psycopg's passing troubles are Unavailable."""
+    try:
+        yield
+    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, PoolClosed) as error:
+        raise Unavailable("Postgres", type(error).__name__) from error
+
+
+@asynccontextmanager
+async def connection(pool: Pool) -> AsyncIterator[Connection]:
+    """A connection for one statement after another, each its own transaction."""
+    with translated():
+        async with pool.connection() as conn:
+            yield conn
+
+
+@asynccontextmanager
+async def transaction(pool: Pool) -> AsyncIterator[Connection]:
+    """A connection in one transaction: committed at the end of the block, rolled back by an exception."""
+    with translated():
+        async with pool.connection() as conn, conn.transaction():
+            yield conn
