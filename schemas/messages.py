@@ -268,16 +268,17 @@ class OutboxPosition(Message):
     records: list[str]
 
 
-def _leaves(cls: type[Message]) -> dict[str, type[Message]]:
+def leaves(cls: type[Message]) -> dict[str, type[Message]]:
+    """The records of a kind, by name."""
     found: dict[str, type[Message]] = {}
     for child in cls.__subclasses__():
         if "event_type" in child.__dict__:
             found[child.__name__] = child
-        found |= _leaves(child)
+        found |= leaves(child)
     return found
 
 
-RECORDS: Final[Mapping[str, type[Message]]] = _leaves(Message)
+RECORDS: Final[Mapping[str, type[Message]]] = leaves(Message)
 """Every message by its record name, `PaymentCompleted`; the Avro full name is `paystream.PaymentCompleted`."""
 
 BY_TYPE: Final[Mapping[str, type[Message]]] = {cls.event_type: cls for cls in RECORDS.values()}

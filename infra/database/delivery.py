@@ -62,7 +62,7 @@ class Parking(Protocol):
     async def park(self, group: Group, received: Received, message_id: str | None, fault: Fault) -> None:
         """Take the message out of the way, bytes intact, in one transaction under the order's lock.
 
-        Its order is parked too (unless it has no key, or is a webhook), its inbox mark is set, and the copy for `payment-events-dlq` is in the outbox.
+        Its order is parked too (unless it has no key, or is a webhook), its inbox mark is set, the copy for `payment-events-dlq` is in the outbox.
         Parking the same place (topic, partition, offset) again changes nothing.
         """
         ...

@@ -41,6 +41,17 @@ async def opened_pool(settings: Database, name: str) -> AsyncIterator[Pool]:
         await pool.close(timeout=2)
 
 
+@asynccontextmanager
+async def dedicated_connection(settings: Database, name: str) -> AsyncIterator[Connection]:
+    """A connection outside of the pool, for what lasts as long as its session: a lock, LISTEN. A peer that falls silent is given up after 5 s."""
+    with translated():
+        conn = await psycopg.AsyncConnection.connect(
+            settings.url.get_secret_value(), **_CONNECT, tcp_user_timeout=5000, autocommit=True, application_name=name
+        )
+        async with conn:
+            yield conn
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Within the block, psycopg's passing troubles are Unavailable."""
