@@ -25,7 +25,7 @@ from infra.gateways.port import Gateway
 from processors.payments.machine import decide, fold, is_under_way, observe
 from schemas.decisions import Decision, Refusal
 from schemas.errors import Rejected
-from schemas.messages import Command, Message, ResolveAttempt, WebhookReceived
+from schemas.messages import Command, Message, ResolveAttempt, WebhookReceived, derived_id
 from schemas.observations import Authorized, Captured, Created, NotSent, Observation, Refused, Unknown, Voided
 from schemas.state import Attempt, AttemptStatus, Operation, Payment, Step
 
@@ -224,11 +224,13 @@ class _Asking:
         return max(0.0, min(self._deps.call_timeout_s, self._ends - time.monotonic()))
 
     def _key(self, step: str) -> str:
-        """The idempotency key: the same for the same operation, a new one only after an answered 5xx, which the gateway would replay."""
-        operation = self._attempt.operation
-        burnt = operation.keys_burnt if operation else 0
-        asked_by = operation.command_id if operation and step in (Step.CAPTURE, Step.CANCEL) else "-"
-        return f"{self._payment.payment_id}:{self._attempt.number}:{step}:{asked_by}:{burnt}"
+        """The idempotency key: the same for the same request, a new one only after an answered 5xx, which the gateway would replay.
+
+        The object is made for its attempt, whatever command comes first; captures and voids are of the command that asks for them.
+        """
+        attempt, operation = self._attempt, self._attempt.operation
+        asked = operation.command_id if operation and step in (Step.CAPTURE, Step.CANCEL) else derived_id(attempt.request)
+        return f"{self._payment.payment_id}:{attempt.number}:{step}:{asked}:{operation.keys_burnt if operation else 0}"
 
 
 def _is_done(operation: Operation, seen: Observation) -> bool:
