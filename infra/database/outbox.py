@@ -8,7 +8,7 @@ Flow: payments.py, orders.py, parking.py -> outbox -> producers/outbox_relay -> 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Final
 
 import psycopg
+from psycopg.rows import class_row
 
 from infra.database.facts import headers_of
 from infra.database.pool import Connection, Pool, connection, dedicated_connection, transaction, translated
@@ -57,7 +58,7 @@ class Backlog:
     oldest_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEvent:
     """A fact as Postgres has it; partition and offset are None until the relay has marked it published."""
 
@@ -119,12 +120,14 @@ class OutboxStore:
         self._settings = settings
 
     @asynccontextmanager
-    async def lead(self) -> AsyncIterator[Leadership]:
-        """Wait until nobody else publishes, then be the one who does. The right ends with the block, with the connection, and when this process hangs
-        for longer than the lease."""
+    async def lead(self, while_waiting: Callable[[], None]) -> AsyncIterator[Leadership]:
+        """Wait until nobody else publishes, then be the one who does. `while_waiting` is called if somebody else does now.
+
+        The right ends with the block, with its connection, and when this process hangs for longer than the lease.
+        """
         async with dedicated_connection(self._settings, "paystream-outbox-leader") as conn:
             await conn.execute(f"SET idle_session_timeout = {_LEASE_MS}".encode())
-            await _lock(conn)
+            await _lock(conn, while_waiting)
             leadership = Leadership(conn)
             try:
                 yield leadership
@@ -195,23 +198,38 @@ class OutboxStore:
 
     async def published_events(self, topic: str, partition: int) -> AsyncIterator[StoredEvent]:
         """What Postgres says is on a partition, by offset. Read in one snapshot, a few rows at a time."""
-        async with transaction(self._pool) as conn, conn.cursor(name="published_events") as cursor:
+        query = _EVENTS + b' WHERE topic = %s AND partition = %s ORDER BY "offset"'
+        async with transaction(self._pool) as conn, conn.cursor(name="published_events", row_factory=class_row(StoredEvent)) as cursor:
             cursor.itersize = _AUDIT_ROWS
-            await cursor.execute(_EVENTS + ' WHERE topic = %s AND partition = %s ORDER BY "offset"', [topic, partition])
-            async for row in cursor:
-                yield StoredEvent(*row)
+            await cursor.execute(query, [topic, partition])
+            async for event in cursor:
+                yield event
 
     async def events_by_id(self, event_ids: Sequence[str]) -> dict[str, StoredEvent]:
-        async with connection(self._pool) as conn:
-            cursor = await conn.execute(_EVENTS + " WHERE event_id = ANY (%s::uuid[])", [list(event_ids)])
-            return {row[0]: StoredEvent(*row) async for row in cursor}
+        async with connection(self._pool) as conn, conn.cursor(row_factory=class_row(StoredEvent)) as cursor:
+            await cursor.execute(_EVENTS + b" WHERE event_id = ANY (%s::uuid[])", [list(event_ids)])
+            return {event.event_id: event async for event in cursor}
+
+    async def stranded_events(self, topic: str, limit: int) -> list[StoredEvent]:
+        """Events that are not published and that no outbox row will publish: there must be none."""
+        query = _EVENTS + (
+            b" WHERE topic = %s AND published_at IS NULL"
+            b" AND NOT EXISTS (SELECT FROM outbox WHERE outbox.event_id = events.event_id AND outbox.published_at IS NULL) LIMIT %s"
+        )
+        async with connection(self._pool) as conn, conn.cursor(row_factory=class_row(StoredEvent)) as cursor:
+            await cursor.execute(query, [topic, limit])
+            return await cursor.fetchall()
 
 
-_EVENTS: Final = 'SELECT event_id::text, entity_id, version, value, topic, partition, "offset" FROM events'
+_EVENTS: Final = b'SELECT event_id::text, entity_id, version, value, topic, partition, "offset" FROM events'
 
 
-async def _lock(conn: Connection) -> None:
+async def _lock(conn: Connection, while_waiting: Callable[[], None]) -> None:
     """Wait for the lock, however long it takes: each time that the connection's lock_timeout is over, the server has shown that it lives."""
+    row = await (await conn.execute("SELECT pg_try_advisory_lock(%s)", [_LEADER_LOCK])).fetchone()
+    if row == (True,):
+        return
+    while_waiting()
     while True:
         try:
             await conn.execute("SELECT pg_advisory_lock(%s)", [_LEADER_LOCK])
