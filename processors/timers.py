@@ -1,0 +1,66 @@
+"""What is to happen later: due timers become commands, and doubts are watched.
+
+Rule: a timer is a row; claiming it deletes the row and writes its command to the outbox in one transaction, with an id that follows from the row, so it
+given once however many workers look. Each payments worker runs this beside its agent.
+Flow: machine -> timers (table) -> run_timers -> outbox -> relay -> payment-commands -> handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Final
+
+import structlog
+from prometheus_client import Counter, Gauge
+
+from infra.clock import Clock
+from infra.crash_points import at
+from infra.database.delivery import Parking
+from infra.database.payments import PaymentStore
+from schemas.errors import Unavailable
+
+log = structlog.get_logger()
+
+FIRED: Final = Counter("paystream_timers_fired_total", "Timers that came due and were turned into commands")
+UNKNOWN_AGE: Final = Gauge("paystream_unknown_attempt_age_seconds", "Age of the oldest attempt whose outcome is UNKNOWN; 0 if there is none")
+PARKED: Final = Gauge("paystream_parked_messages", "Messages that are parked", ["group", "disposition"])
+
+ALERT_AFTER: Final = timedelta(days=3)
+_LOOK_EVERY_S: Final = 0.25
+_WATCH_EVERY_S: Final = 5.0
+
+
+async def run_timers(store: PaymentStore, clock: Clock) -> None:
+    """Fire timers as they come due, for ever. While Postgres is away, none fires and none is lost."""
+    while True:
+        try:
+            fired = await store.fire_timers(clock.now())
+        except Unavailable as error:
+            log.warning("timers wait", reason=error.detail)
+            fired = 0
+            await asyncio.sleep(_WATCH_EVERY_S)
+        if fired:
+            FIRED.inc(fired)
+            await at("timers.after_fire")
+        else:
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+
+async def watch_doubts(store: PaymentStore, parking: Parking, clock: Clock) -> None:
+    """Keep the figures on what is unknown and what is parked, for ever; say so loudly once a person has to look."""
+    while True:
+        try:
+            since = await store.oldest_unknown()
+            counts = await parking.parked_counts()
+        except Unavailable:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            continue
+        age = clock.now() - since if since else timedelta()
+        UNKNOWN_AGE.set(age.total_seconds())
+        if age > ALERT_AFTER:
+            log.error("an attempt has been UNKNOWN for too long: ask the gateway's support", since=since, alert="unknown_attempt")
+        PARKED.clear()
+        for (group, disposition), count in counts.items():
+            PARKED.labels(group, disposition).set(count)
+        await asyncio.sleep(_WATCH_EVERY_S)
