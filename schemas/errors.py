@@ -26,5 +26,9 @@ class Unavailable(PaystreamError):
         super().__init__(f"{part} is unavailable" + (f": {detail}" if detail else ""))
 
 
+class IllegalTransition(Exception):
+    """A bug of ours: an event that the status of what it is about does not allow."""
+
+
 class BadConfiguration(PaystreamError):
     """A setting, a file or an argument is wrong. The message says which one and what would be right."""
