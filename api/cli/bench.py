@@ -24,7 +24,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from api.auth import Tokens
+from api.cli.borrowed_stack import borrowed_stack
 from infra.local.client import Bank, Caller, opened_session
+from infra.local.stack import Stack
 from infra.settings import Settings
 from schemas.errors import Unavailable
 
@@ -58,15 +60,14 @@ def bench(
 
     Example: paystream bench -n 500 -c 32 --json
     """
-    from api.cli.stack import opened_stack
-
     console = Console(stderr=True)
-    with opened_stack(console, keep=sys.stdout.isatty() and not as_json) as (settings, sandbox_url, note, pids):
+    with borrowed_stack(console, keep=sys.stdout.isatty() and not as_json) as stack:
+        settings, sandbox_url = stack.settings(), stack.addresses()["sandbox"]
         with Progress(console=console, transient=not console.is_terminal) as progress:
             task = progress.add_task("warming up", total=rounds + 1)
             measured = []
             for number in range(rounds + 1):
-                result = asyncio.run(_round(settings, sandbox_url, pids(), payments if number else min(payments, 200), at_once))
+                result = asyncio.run(_round(settings, sandbox_url, _pids(stack), payments if number else min(payments, 200), at_once))
                 if number:
                     measured.append(result)
                 progress.update(task, advance=1, description=f"round {number + 1} of {rounds}" if number < rounds else "done")
@@ -75,8 +76,10 @@ def bench(
             print(json.dumps(report, indent=2))
         else:
             _show(report, Console())
-        if note:
-            console.print(note)
+
+
+def _pids(stack: Stack) -> dict[str, int]:
+    return {standing.name: standing.pid for standing in stack.status() if standing.pid is not None}
 
 
 async def _round(settings: Settings, sandbox_url: str, pids: dict[str, int], count: int, at_once: int) -> Round:
@@ -99,9 +102,9 @@ async def _round(settings: Settings, sandbox_url: str, pids: dict[str, int], cou
         await asyncio.gather(*(one_after_another() for _ in range(at_once)))
         seconds = time.perf_counter() - started
         # What a payment costs includes its webhook and the last of its events.
-        ends = time.monotonic() + _DRAINS_WITHIN_S
-        while await bank.pending_webhooks() and time.monotonic() < ends:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(_DRAINS_WITHIN_S):
+            while await bank.pending_webhooks():  # noqa: ASYNC110 - it is another process
+                await asyncio.sleep(0.1)
         await asyncio.sleep(1.0)
     after = _cpu(processes)
     return Round(

@@ -22,10 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from api.auth import Tokens
+from api.cli.borrowed_stack import borrowed_stack
 from api.cli.demo.evidence import gathered, starting_line
 from api.cli.demo.promises import COMMANDS, Evidence, Verdict, unkept, verdicts
 from api.cli.demo.traffic import Journey, Storefront, planned
 from infra.local.client import Bank, Caller, opened_session
+from infra.schema_registry import load_codec
 from infra.settings import Settings
 from producers.producer import KafkaProducer, Record
 
@@ -46,24 +48,18 @@ def demo(
 
     Example: paystream demo --payments 50 --json
     """
-    from api.cli.stack import opened_stack  # imports the embedded stack, which an installed worker may not have
-
     console = Console(stderr=True)
-    with opened_stack(console, keep=sys.stdout.isatty() and not as_json) as (settings, sandbox_url, note):
-        report, found = asyncio.run(_run(settings, sandbox_url, payments, seed, console))
+    with borrowed_stack(console, keep=sys.stdout.isatty() and not as_json) as stack:
+        report, found = asyncio.run(_run(stack.settings(), stack.addresses()["sandbox"], payments, seed, console))
         if as_json:
             print(json.dumps(report, indent=2))
         else:
             _show(report, found, Console())
-        if note:
-            console.print(note)
     if unkept(found):
         raise typer.Exit(1)
 
 
 async def _run(settings: Settings, sandbox_url: str, count: int, seed: int | None, console: Console) -> tuple[Report, list[Verdict]]:
-    from infra.schema_registry import load_codec
-
     codec = load_codec(settings)
     token = Tokens(settings.auth).issue(_USER, [], timedelta(hours=1))
     chance = random.Random(secrets.randbits(64) if seed is None else seed)  # noqa: S311 - it mixes traffic, it guards nothing

@@ -1,0 +1,41 @@
+"""A stack for a command that needs one for a while: the demo and the benchmark.
+
+Rule: a stack that runs already is used and left as it is. One that is started here is stopped at the end, unless somebody sits at a terminal and will
+want to look around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from infra.local.stack import Stack
+
+
+@contextmanager
+def borrowed_stack(console: Console, *, keep: bool) -> Iterator[Stack]:
+    """A running stack within the block. `keep`: leave it running afterwards, and say how it is stopped."""
+    stack = Stack()
+    if stack.running:
+        stack.start(progress=_told(console))
+        yield stack
+        return
+    try:
+        stack.start(progress=_told(console))
+        yield stack
+    except BaseException:
+        if not keep:
+            stack.stop()
+        raise
+    if keep:
+        api = stack.addresses()["api"]
+        console.print(f"The stack is still running, its API at {api}/docs. [bold]make down[/] stops it, [bold]paystream status[/] shows it.")
+    else:
+        console.print("stopping the stack that was started for this")
+        stack.stop()
+
+
+def _told(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, style="dim", highlight=False, markup=False)
