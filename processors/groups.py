@@ -12,7 +12,9 @@ from functools import partial
 from typing import Final
 
 from infra.clock import SystemClock
+from infra.database.analytics import AnalyticsStore
 from infra.database.delivery import Group
+from infra.database.orders import PostgresOrderStore
 from infra.database.parking import PostgresParking
 from infra.database.payments import PostgresPaymentStore
 from infra.database.pool import opened_pool
@@ -20,7 +22,12 @@ from infra.gateways.table import opened_gateways
 from infra.redis import Outcomes, connect
 from infra.schema_registry import load_codec
 from infra.settings import Settings
-from processors.app import Compose, Work
+from processors.analytics import agent as analytics_agent
+from processors.analytics import handler as analytics_handler
+from processors.app import Batches, Compose, Work
+from processors.orders import agent as orders_agent
+from processors.orders import handler as orders_handler
+from processors.orders.machine import WANTED
 from processors.payments import agent as payments_agent
 from processors.payments import handler as payments_handler
 from processors.timers import run_timers, watch_doubts
@@ -47,12 +54,45 @@ async def payments(settings: Settings) -> AsyncIterator[Work]:
             topics=payments_agent.TOPICS,
             codec=codec,
             parking=PostgresParking(pool, clock),
-            handle=partial(payments_handler.handle, deps=deps),
+            handler=partial(payments_handler.handle, deps=deps),
             services=(lambda: run_timers(store, clock), lambda: watch_doubts(store, clock)),
         )
         await outcomes.aclose()
 
 
+@asynccontextmanager
+async def orders(settings: Settings) -> AsyncIterator[Work]:
+    """Orders follow their payments."""
+    clock, codec = SystemClock(), load_codec(settings)
+    async with opened_pool(settings.database, settings.service) as pool:
+        deps = orders_handler.Deps(store=PostgresOrderStore(pool, codec, destinations, clock), clock=clock)
+        yield Work(
+            register=orders_agent.register,
+            topics=orders_agent.TOPICS,
+            codec=codec,
+            parking=PostgresParking(pool, clock),
+            handler=partial(orders_handler.handle, deps=deps),
+            wanted=WANTED,
+        )
+
+
+@asynccontextmanager
+async def analytics(settings: Settings) -> AsyncIterator[Work]:
+    """Views on what happened, in batches."""
+    clock, codec = SystemClock(), load_codec(settings)
+    async with opened_pool(settings.database, settings.service) as pool:
+        deps = analytics_handler.Deps(store=AnalyticsStore(pool, clock), clock=clock)
+        yield Work(
+            register=analytics_agent.register,
+            topics=analytics_agent.TOPICS,
+            codec=codec,
+            parking=PostgresParking(pool, clock),
+            handler=Batches(partial(analytics_handler.handle_batch, deps=deps), analytics_agent.BATCH),
+        )
+
+
 GROUPS: Final[Mapping[Group, Compose]] = {
     Group.PAYMENTS: payments,
+    Group.ORDERS: orders,
+    Group.ANALYTICS: analytics,
 }

@@ -82,7 +82,7 @@ async def _run(settings: Settings, sandbox_url: str, count: int, seed: int | Non
             ended = await _watch(Storefront(caller, bank, chance, publish_raw), journeys, console)
             took = time.perf_counter() - started
             with console.status("waiting until all is at rest") as status:
-                evidence = await gathered(settings, codec, caller, bank, ended, starts, lambda left: status.update(f"waiting: {left}"))
+                evidence = await gathered(settings, codec, caller, bank, _USER, ended, starts, lambda left: status.update(f"waiting: {left}"))
         finally:
             await bank.drop_faults()
             await bank.change(**was)

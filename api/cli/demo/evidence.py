@@ -18,6 +18,7 @@ from confluent_kafka.admin import AdminClient
 
 from api.cli.demo.promises import COMMANDS, DEAD_LETTERS, EVENTS, WEBHOOKS, Evidence, Request, Seen
 from api.cli.demo.traffic import Journey
+from api.intake import command_id_of
 from infra.kafka_admin import client_config
 from infra.local.client import Bank, Caller
 from infra.settings import Settings
@@ -44,27 +45,39 @@ def starting_line(settings: Settings) -> dict[Place, int]:
         return {(topic, partition): log.bounds(topic, partition)[1] for topic in TOPICS for partition in log.partitions(topic)}
 
 
-def requests_of(journeys: Iterable[Journey]) -> list[Request]:
-    """What callers were promised: each request that was answered with a 2xx."""
+def requests_of(journeys: Iterable[Journey], user: str) -> list[Request]:
+    """What `user` was promised: each request that was answered with a 2xx."""
     return [
         Request(
             order_id=journey.order_id,
-            route=route,
+            route=path,
             key=key,
             payment_id=answer.body["payment_id"],
-            command_id=answer.body["links"]["command"].rsplit("/", 1)[-1],
+            command_id=command_id_of(user, _route(path, answer.body["payment_id"]), key),
         )
         for journey in journeys
-        for route, key, answer in journey.answered
+        for path, key, answer in journey.answered
         if answer.ok
     ]
 
 
+def _route(path: str, payment_id: str) -> str:
+    """The route that a path belongs to, as the intake names it."""
+    return f"POST /api/v1{path.replace(payment_id, '{payment_id}')}"
+
+
 async def gathered(
-    settings: Settings, codec: Codec, caller: Caller, bank: Bank, journeys: list[Journey], starts: dict[Place, int], tell: Callable[[str], None]
+    settings: Settings,
+    codec: Codec,
+    caller: Caller,
+    bank: Bank,
+    user: str,
+    journeys: list[Journey],
+    starts: dict[Place, int],
+    tell: Callable[[str], None],
 ) -> Evidence:
     """The evidence of a run, once it is complete. Raises Unavailable if it is not complete in time, naming what is left."""
-    requests = requests_of(journeys)
+    requests = requests_of(journeys, user)
     orders = frozenset(journey.order_id for journey in journeys)
     parked = frozenset(journey.order_id for journey in journeys if journey.kind == "parked order")
     ends = time.monotonic() + _SETTLES_WITHIN_S
@@ -138,8 +151,9 @@ def _unconsumed(settings: Settings, starts: dict[Place, int]) -> int:
 def _committed(settings: Settings) -> dict[Place, int]:
     """Where the payments group stands."""
     group = f"{settings.prefix}paystream-payments"
+    admin = AdminClient(client_config(settings.kafka) | {"log_level": 0})  # held until it has answered
     with kafka_translated():
-        asked = AdminClient(client_config(settings.kafka)).list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])
+        asked = admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])
         places = asked[group].result(_KAFKA_ANSWERS_WITHIN_S).topic_partitions
     return {(place.topic.removeprefix(settings.prefix), place.partition): place.offset for place in places}
 
