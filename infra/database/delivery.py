@@ -10,6 +10,8 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Protocol
 
+from schemas.errors import Rejected
+
 
 class Group(StrEnum):
     """A consumer group: one Faust app, one kind of process, its own tables."""
@@ -33,11 +35,16 @@ class Received:
 
     @property
     def order_key(self) -> str | None:
-        """The key as text: the order that this message waits behind when it is parked. None blocks nothing."""
+        """The key as text that Postgres takes: the order that this message waits behind when it is parked. None blocks nothing."""
         try:
-            return self.key.decode() if self.key else None
+            return self.key.decode() if self.key and b"\0" not in self.key else None
         except UnicodeDecodeError:
             return None
+
+    def expect_key(self, order_id: str) -> None:
+        """Raises Rejected unless the message's key is its order: the order's lock would not be its lock, and order would not hold."""
+        if self.order_key != order_id:
+            raise Rejected(f"the key is {self.order_key!r} and the order {order_id!r}: order would not hold")
 
 
 class Disposition(StrEnum):

@@ -15,7 +15,7 @@ from uuid import UUID
 from psycopg.rows import class_row, tuple_row
 
 from infra.database.pool import Pool, connection
-from schemas.errors import PaystreamError
+from schemas.errors import PaystreamError, Unavailable
 
 
 class OrderNotTheirs(PaystreamError):
@@ -67,6 +67,10 @@ class Accepted:
     repeat: Standing | None
     payment_status: str
 
+    @classmethod
+    def before(cls, known: Standing) -> Accepted:
+        return cls(repeat=known, payment_status=known.payment_status)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -77,8 +81,8 @@ class Target:
     attempt: int
 
 
-# One statement, so one round trip: each further one costs the intake more than all of the rest of this. Two statements that meet see each other by the
-# primary keys, not by the count: a burst may pass the limit by as many commands as there are connections.
+# One statement, so one round trip: each further one would cost the intake as much CPU as this. Statements that meet see each other by the primary
+# keys, but not by the count: a burst may pass the limit by as many commands as there are connections.
 _ACCEPT: Final = """
 WITH known AS (
     SELECT 1 FROM commands WHERE command_id = %(command_id)s
@@ -153,7 +157,7 @@ class IntakeStore:
             return Accepted(repeat=None, payment_status=payment_status)
         known = await self.find(command.command_id)
         if known is not None:
-            return Accepted(repeat=known, payment_status=known.payment_status)
+            return Accepted.before(known)
         if owner != command.principal:
             raise OrderNotTheirs
         raise TooManyUndecided
@@ -175,7 +179,11 @@ class IntakeStore:
         async with connection(self._pool) as conn:
             await conn.execute("UPDATE commands SET answered_status = %s WHERE command_id = %s AND answered_status IS NULL", (status, command_id))
 
-    async def check(self) -> None:
-        """Raises Unavailable unless Postgres answers."""
-        async with connection(self._pool) as conn:
-            await conn.execute("SELECT 1")
+    async def answers(self) -> bool:
+        """Whether Postgres is there."""
+        try:
+            async with connection(self._pool) as conn:
+                await conn.execute("SELECT 1")
+        except Unavailable:
+            return False
+        return True

@@ -1,13 +1,13 @@
-"""PaymentStore in memory: for running handlers without a database, under a set clock and any order of steps.
+"""PaymentStore and OrderStore in memory: for running handlers without a database, under a set clock and any order of steps.
 
-Rule: the same contract as `payments.py`, and one suite that proves it on both. A block that raises leaves nothing behind.
+Rule: the same contracts as `payments.py` and `orders.py`, and a suite for each that proves it on both. A block that raises leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -16,9 +16,9 @@ from infra.clock import Clock
 from infra.database.delivery import Received
 from infra.database.payments import ENDED, HOLDS_NO_ORDER, GatewayObject, command_of
 from schemas.decisions import Decision, Refusal, Timer
-from schemas.messages import Message, PaymentEvent
+from schemas.messages import Message, OrderEvent, PaymentEvent
 from schemas.observations import Created
-from schemas.state import AttemptStatus, Payment
+from schemas.state import AttemptStatus, Order, Payment
 
 
 @dataclass
@@ -137,3 +137,41 @@ class _MemoryTransaction:
                 store.open_attempts[payment.payment_id] = attempt.number
         correlation_id = decision.events[-1].correlation_id if decision.events else self._message_id
         store.timers |= {timer.timer_id: (timer, payment, correlation_id) for timer in decision.timers}
+
+
+@dataclass
+class MemoryOrderStore:
+    """What would be tables are open to the tests that use it."""
+
+    orders: dict[str, Order] = field(default_factory=dict)
+    events: list[OrderEvent] = field(default_factory=list)
+    positions: dict[str, int] = field(default_factory=dict)
+    parked_orders: set[str] = field(default_factory=set)
+    parked: list[Received] = field(default_factory=list)
+    _locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+
+    @asynccontextmanager
+    async def transaction(self, received: Received, event: PaymentEvent) -> AsyncIterator[_MemoryOrderTransaction]:
+        async with self._locks[event.order_id]:
+            seen = self.positions.get(event.payment_id, 0) >= event.version
+            parked = event.order_id in self.parked_orders
+            if parked and not seen and received not in self.parked:
+                self.parked.append(received)
+            tx = _MemoryOrderTransaction(settled=seen or parked, order=self.orders.get(event.order_id))
+            yield tx
+            if tx.recorded:
+                self.positions[event.payment_id] = event.version
+                self.events.extend(tx.events)
+                if tx.order is not None:
+                    self.orders[event.order_id] = tx.order
+
+
+@dataclass
+class _MemoryOrderTransaction:
+    settled: bool
+    order: Order | None
+    events: tuple[OrderEvent, ...] = ()
+    recorded: bool = False
+
+    async def record(self, order: Order | None, events: Sequence[OrderEvent]) -> None:
+        self.order, self.events, self.recorded = order, tuple(events), True

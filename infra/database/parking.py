@@ -6,8 +6,11 @@ message parks its order for that group; what follows is parked behind it, in ord
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any, Final
+
+import orjson
 
 from infra.clock import Clock
 from infra.database.delivery import Disposition, Fault, Group, Received
@@ -17,8 +20,14 @@ from infra.database.pool import Connection, Pool, connection, transaction
 DEAD_LETTERS: Final = "payment-events-dlq"
 WEBHOOKS: Final = "payment-webhook-received"
 
-LOCK: Final = "SELECT pg_advisory_xact_lock(hashtext(%(group)s), hashtext(%(order_key)s))"
-"""The order's lock for a group: no rows, no clean-up; orders that share a hash only wait for each other."""
+_LOCK: Final = """
+    SELECT pg_advisory_xact_lock(hashtext(%(group)s), h)
+    FROM (SELECT DISTINCT hashtext(k) AS h FROM jsonb_array_elements_text(%(order_keys)s::jsonb) AS k ORDER BY h) AS sorted"""
+
+IS_PARKED: Final = "EXISTS (SELECT FROM parked_orders WHERE group_name = %(group)s AND order_key = %(order_key)s)"
+"""Whether the order waits behind a parked message: a column of the SELECT with which a group's transaction begins."""
+
+_BEHIND: Final = Fault(disposition=Disposition.BLOCKED, error_class="Blocked", message="behind a parked message of its order")
 
 _PARK: Final = f"""
     WITH parked AS (
@@ -48,6 +57,21 @@ _HALT_AFTER: Final = """
         reason = CASE WHEN group_halts.halted_at IS NULL THEN excluded.reason ELSE group_halts.reason END,
         halted_at = coalesce(group_halts.halted_at, excluded.halted_at)
     RETURNING reason"""
+
+
+async def lock_orders(conn: Connection, group: Group, order_keys: Iterable[str]) -> None:
+    """Take the orders' locks for a group until the transaction ends. No rows, no clean-up; orders that share a hash only wait for each other.
+
+    In a statement of its own: what is read after it is as of after it. Several are taken in one order, so that nobody waits in a circle.
+    """
+    await conn.execute(_LOCK, {"group": group, "order_keys": orjson.dumps(list(order_keys)).decode()})
+
+
+async def settled(conn: Connection, group: Group, received: Received, message_id: str, now: datetime, *, seen: bool, parked: bool) -> bool:
+    """Is nothing to be done for this message? It was handled before (`seen`), or its order is `parked`: then it is parked behind, here."""
+    if parked and not seen:
+        await park_in(conn, group, received, message_id, _BEHIND, now)
+    return seen or parked
 
 
 async def park_in(conn: Connection, group: Group, received: Received, message_id: str | None, fault: Fault, now: datetime) -> None:
@@ -101,7 +125,7 @@ class PostgresParking:
 
     async def park(self, group: Group, received: Received, message_id: str | None, fault: Fault) -> None:
         async with transaction(self._pool) as conn:
-            await conn.execute(LOCK, {"group": group, "order_key": received.order_key or ""})
+            await lock_orders(conn, group, [received.order_key or ""])
             await park_in(conn, group, received, message_id, fault, self._clock.now())
 
     async def halt_after(self, group: Group, bugs: int, within: timedelta) -> str | None:

@@ -16,9 +16,9 @@ from typing import Any, Final, Protocol
 import orjson
 
 from infra.clock import Clock
-from infra.database.delivery import Disposition, Fault, Group, Received
+from infra.database.delivery import Group, Received
 from infra.database.facts import EVENTS, NOTIFY, OUTBOX, Destinations, event_rows, outbox_rows
-from infra.database.parking import LOCK, park_in
+from infra.database.parking import IS_PARKED, lock_orders, settled
 from infra.database.pool import Connection, Pool, connection, transaction
 from schemas.codec import Codec
 from schemas.decisions import Decision
@@ -87,9 +87,9 @@ class PaymentStore(Protocol):
         ...
 
 
-_LOAD: Final = """
-    SELECT EXISTS (SELECT FROM inbox WHERE group_name = 'payments' AND message_id = %(message_id)s),
-           EXISTS (SELECT FROM parked_orders WHERE group_name = 'payments' AND order_key = %(order_key)s),
+_LOAD: Final = f"""
+    SELECT EXISTS (SELECT FROM inbox WHERE group_name = %(group)s AND message_id = %(message_id)s),
+           {IS_PARKED},
            (SELECT to_jsonb(p) FROM payments p WHERE payment_id = %(payment_id)s),
            (SELECT jsonb_agg(to_jsonb(a) ORDER BY number) FROM attempts a WHERE payment_id = %(payment_id)s),
            (SELECT payment_id::text FROM payments WHERE order_id = %(order_key)s AND holds_order),
@@ -151,7 +151,7 @@ class PostgresPaymentStore:
     async def transaction(self, received: Received, message_id: str, payment_id: str, *, again: bool = False) -> AsyncIterator[_PostgresTransaction]:
         async with transaction(self._pool) as conn:
             order_key = received.order_key or ""
-            await conn.execute(LOCK, {"group": "payments", "order_key": order_key})
+            await lock_orders(conn, Group.PAYMENTS, [order_key])
             tx = _PostgresTransaction(conn, self._codec, self._destinations, self._clock.now(), received, message_id)
             await tx.load(payment_id, order_key, again)
             yield tx
@@ -201,20 +201,15 @@ class _PostgresTransaction:
         self.order_paid_by: str | None = None
 
     async def load(self, payment_id: str, order_key: str, again: bool) -> None:
-        cursor = await self._conn.execute(_LOAD, {"message_id": self._message_id, "order_key": order_key, "payment_id": payment_id})
+        parameters = {"group": Group.PAYMENTS, "message_id": self._message_id, "order_key": order_key, "payment_id": payment_id}
+        cursor = await self._conn.execute(_LOAD, parameters)
         row = await cursor.fetchone()
         if row is None:
             raise RuntimeError("a SELECT without FROM gave no row")
         seen, parked, payment, attempts, self.order_held_by, self.order_paid_by = row
         self.payment = _payment(payment, attempts) if payment else None
-        if again:
-            return
-        if seen:
-            self.settled = True
-        elif parked:
-            fault = Fault(disposition=Disposition.BLOCKED, error_class="Blocked", message="behind a parked message of its order")
-            await park_in(self._conn, Group.PAYMENTS, self._received, self._message_id, fault, self._now)
-            self.settled = True
+        if not again:
+            self.settled = await settled(self._conn, Group.PAYMENTS, self._received, self._message_id, self._now, seen=seen, parked=parked)
 
     async def begin(self, payment: Payment | None, decision: Decision, *, consumed: bool) -> None:
         await self._write(payment, decision, asked=True, consumed=consumed)

@@ -61,8 +61,7 @@ async def handle(received: Received, message: Message, deps: Deps) -> None:
 
 
 async def _command(received: Received, command: Command, deps: Deps) -> None:
-    if received.order_key != command.order_id:
-        raise Rejected(f"the key is {received.order_key!r} and the order {command.order_id!r}: order would not hold")
+    received.expect_key(command.order_id)
     async with deps.store.transaction(received, command.event_id, command.payment_id) as tx:
         if tx.settled:
             return

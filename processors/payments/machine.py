@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, assert_never
 
 from schemas.decisions import Decision, Refusal, Timer
+from schemas.errors import IllegalTransition
 from schemas.messages import (
     CancelPayment,
     CapturePayment,
@@ -92,10 +93,6 @@ EXPIRES_AFTER: Final = timedelta(hours=24)
 RETRY_NOT_SENT: Final = tuple(timedelta(seconds=s) for s in (1, 2, 4, 8, 16))
 RESOLVE_UNKNOWN: Final = (timedelta(seconds=5), timedelta(seconds=30), timedelta(minutes=5), timedelta(hours=1), timedelta(days=1))
 """The last one repeats."""
-
-
-class IllegalTransition(Exception):
-    """A bug of ours: an event that the payment's status does not allow."""
 
 
 def evolve(payment: Payment | None, event: PaymentEvent) -> Payment:

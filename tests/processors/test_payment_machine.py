@@ -14,12 +14,12 @@ from processors.payments.machine import (
     RESOLVE_UNKNOWN,
     RETRY_NOT_SENT,
     TRANSITIONS,
-    IllegalTransition,
     decide,
     evolve,
     observe,
 )
 from schemas.decisions import Refusal
+from schemas.errors import IllegalTransition
 from schemas.messages import ExpirePayment, PaymentEvent, PaymentRefundInitiated, ResolveAttempt, leaves
 from schemas.state import AttemptStatus, Payment, PaymentStatus, Step
 from tests.processors.payment_paths import COMMANDS, NOW, OBSERVATIONS, PATHS, PAYMENT_ID, step, walked
