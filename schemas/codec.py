@@ -8,6 +8,7 @@ Flow: message -> `encode` -> 0x00, schema id (4 bytes, big-endian), Avro body ->
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC
@@ -27,6 +28,8 @@ AVRO_FOLDER: Final = Path(__file__).parent / "avro"
 CONTENT_TYPE: Final = b"application/avro"
 _MAGIC: Final = 0
 _PREFIX_BYTES: Final = 5
+_IDS: Final = ("event_id", "payment_id")
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 Schema = Mapping[str, Any]
 """An Avro schema as the JSON object that its file holds."""
@@ -119,6 +122,9 @@ class Codec:
         event_type = found.pop("event_type")
         if event_type != how.cls.event_type:
             raise Rejected(f"event_type of a {record} is {how.cls.event_type}, not {str(event_type)[:64]!r}")
+        for name in _IDS:
+            if found[name] is not None and not _UUID.fullmatch(found[name]):
+                raise Rejected(f"{name} of this {record} is no UUID: {found[name][:64]!r}")
         return how.cls(**found)
 
     def _learn(self, schema_id: int) -> _Reading:

@@ -29,11 +29,11 @@ class Timer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What follows: facts to append, attempts as they now stand, timers to set or drop. `ask`: the gateway is to be asked about the last attempt."""
+    """What follows: facts to append, attempts as they now stand, timers to set or drop. `ask`: the attempt about which the gateway is to be asked."""
 
     events: tuple[PaymentEvent, ...] = ()
     attempts: tuple[Attempt, ...] = ()
     timers: tuple[Timer, ...] = ()
     dropped_timers: tuple[str, ...] = ()
     refusal: Refusal | None = None
-    ask: bool = False
+    ask: int | None = None

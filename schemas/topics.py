@@ -143,14 +143,9 @@ def destinations(record: str) -> tuple[str, ...]:
 
 
 def as_markdown(file: Topics) -> str:
-    """`docs/topics.md`: every topic with its use, and where each record goes."""
+    """The tables of `docs/topics.md`: every topic with its use, and where each record goes."""
     development, production = file.profile("development"), file.profile("production")
     lines = [
-        "# Topics",
-        "",
-        "Printed from `kafka-topics.yaml` by `paystream topics table`; a test fails when this page is stale.",
-        "Names are without the prefix that an installation may have (`PAYSTREAM_PREFIX`).",
-        "",
         "| topic | what is on it | key | partitions (development, production) | kept | written by | read by | who may read |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -61,11 +61,13 @@ def event_rows(codec: Codec, destinations: Destinations, events: Sequence[Event]
     }
 
 
-def headers_json(headers: Iterable[tuple[str, bytes]]) -> str:
-    """Record headers as they stand in a `headers` column: pairs of name and base64."""
-    return orjson.dumps([(name, base64.b64encode(value).decode()) for name, value in headers]).decode()
+def headers_json(headers: Iterable[tuple[str, bytes | None]]) -> str:
+    """Record headers as a `headers` column has them: pairs of name and base64, or null. A NUL in a name, which Postgres does not take, shows as `\\0`."""
+    return orjson.dumps(
+        [(name.replace("\0", "\\0"), None if value is None else base64.b64encode(value).decode()) for name, value in headers]
+    ).decode()
 
 
-def headers_of(column: Iterable[Sequence[str]]) -> tuple[tuple[str, bytes], ...]:
+def headers_of(column: Iterable[tuple[str, str | None]]) -> tuple[tuple[str, bytes | None], ...]:
     """Record headers from a `headers` column."""
-    return tuple((name, base64.b64decode(value)) for name, value in column)
+    return tuple((name, None if value is None else base64.b64decode(value)) for name, value in column)

@@ -51,7 +51,12 @@ class MemoryPaymentStore:
             tx.payment = self.payments.get(payment_id)
             tx.order_held_by = self.holders.get(order_id)
             tx.order_paid_by = next(
-                (p.payment_id for p in self.payments.values() if p.order_id == order_id and p.captured_minor and p.payment_id != payment_id), None
+                (
+                    p.payment_id
+                    for p in self.payments.values()
+                    if p.order_id == order_id and p.payment_id != payment_id and p.captured_minor > p.refunded_minor + p.pending_refund_minor
+                ),
+                None,
             )
             yield tx
             tx.commit()

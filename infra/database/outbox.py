@@ -23,7 +23,7 @@ from infra.database.pool import Connection, Pool, connection, dedicated_connecti
 from infra.settings import Database
 from schemas.errors import Unavailable
 
-_LEADER_LOCK: Final = 7_270_002
+LEADER_LOCK: Final = 7_270_002
 _HEARTBEAT_S: Final = 2.0
 _REST_S: Final = 0.01
 """Between two wakings: hundreds of notifications a second are not taken one by one."""
@@ -40,7 +40,7 @@ class OutboxRow:
     topics: Sequence[str]
     key: bytes | None
     value: bytes | None
-    headers: tuple[tuple[str, bytes], ...]
+    headers: tuple[tuple[str, bytes | None], ...]
     timestamp_ms: int | None
 
 
@@ -236,13 +236,13 @@ _EVENTS: Final = b'SELECT event_id::text, entity_id, version, value, topic, part
 
 async def _lock(conn: Connection, while_waiting: Callable[[], None]) -> None:
     """Wait for the lock, however long it takes: each time that the connection's lock_timeout is over, the server has shown that it lives."""
-    row = await (await conn.execute("SELECT pg_try_advisory_lock(%s)", [_LEADER_LOCK])).fetchone()
+    row = await (await conn.execute("SELECT pg_try_advisory_lock(%s)", [LEADER_LOCK])).fetchone()
     if row == (True,):
         return
     while_waiting()
     while True:
         try:
-            await conn.execute("SELECT pg_advisory_lock(%s)", [_LEADER_LOCK])
+            await conn.execute("SELECT pg_advisory_lock(%s)", [LEADER_LOCK])
         except psycopg.errors.LockNotAvailable:
             continue
         return

@@ -93,7 +93,8 @@ _LOAD: Final = f"""
            (SELECT to_jsonb(p) FROM payments p WHERE payment_id = %(payment_id)s),
            (SELECT jsonb_agg(to_jsonb(a) ORDER BY number) FROM attempts a WHERE payment_id = %(payment_id)s),
            (SELECT payment_id::text FROM payments WHERE order_id = %(order_key)s AND holds_order),
-           (SELECT min(payment_id::text) FROM payments WHERE order_id = %(order_key)s AND captured_minor > 0 AND payment_id <> %(payment_id)s)"""
+           (SELECT min(payment_id::text) FROM payments WHERE order_id = %(order_key)s AND payment_id <> %(payment_id)s
+              AND captured_minor > refunded_minor + pending_refund_minor)"""
 
 _PAYMENT_COLUMNS: Final = "status, captured_minor, refunded_minor, pending_refund_minor, disputed_minor, transaction_id, failure, version, updated_at"
 _ATTEMPT_COLUMNS: Final = (

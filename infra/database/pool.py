@@ -19,7 +19,11 @@ from schemas.errors import Unavailable
 Connection = psycopg.AsyncConnection[TupleRow]
 Pool = AsyncConnectionPool[Connection]
 
-_CONNECT: dict[str, Any] = {"connect_timeout": 5, "keepalives_idle": 10, "options": "-c statement_timeout=15000 -c lock_timeout=10000 -c timezone=UTC"}
+_CONNECT: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "options": "-c statement_timeout=15000 -c lock_timeout=10000 -c timezone=UTC",
+}
 
 
 @asynccontextmanager

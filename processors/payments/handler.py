@@ -22,7 +22,7 @@ from infra.crash_points import at
 from infra.database.delivery import Received
 from infra.database.payments import PaymentStore, PaymentTransaction
 from infra.gateways.port import Gateway
-from processors.payments.machine import decide, fold, is_under_way, observe
+from processors.payments.machine import decide, fold, observe, under_way
 from schemas.decisions import Decision, Refusal
 from schemas.errors import Rejected
 from schemas.messages import Command, Message, ResolveAttempt, WebhookReceived, derived_id
@@ -65,15 +65,15 @@ async def _command(received: Received, command: Command, deps: Deps) -> None:
     async with deps.store.transaction(received, command.event_id, command.payment_id) as tx:
         if tx.settled:
             return
-        payment, asked_before = tx.payment, is_under_way(tx.payment, command)
-        if not asked_before:
+        payment, number = tx.payment, under_way(tx.payment, command)
+        asked_before = number is not None or isinstance(command, ResolveAttempt)
+        if number is None:
             decision = _decide(tx, command, deps.clock.now())
-            payment = fold(payment, decision) if decision.refusal is None else payment
-            await tx.begin(payment, decision, consumed=not decision.ask)
+            payment, number = fold(payment, decision) if decision.refusal is None else payment, decision.ask
+            await tx.begin(payment, decision, consumed=number is None)
     await at("payments.after_begin")
-    if payment is not None and (asked_before or decision.ask):
-        asking = _Asking(payment, deps, may_have_been_asked=asked_before or isinstance(command, ResolveAttempt))
-        number, observation = await asking.outcome()
+    if payment is not None and number is not None:
+        number, observation = await _Asking(payment, number, deps, may_have_been_asked=asked_before).outcome()
         await _record(received, command, payment, number, observation, deps)
     await deps.announce(command.payment_id)
 
@@ -142,13 +142,13 @@ def _is_news(payment: Payment, number: int, snapshot: Observation | None, webhoo
 
 
 class _Asking:
-    """② Asks the gateway for what the last attempt's operation wants, within one budget of time for all calls.
+    """② Asks the gateway for what an attempt's operation wants, within one budget of time for all calls.
 
     `may_have_been_asked`: an earlier life of this message, or of the one before it, may have got as far as the gateway.
     """
 
-    def __init__(self, payment: Payment, deps: Deps, *, may_have_been_asked: bool) -> None:
-        self._payment, self._attempt, self._deps = payment, payment.attempt, deps
+    def __init__(self, payment: Payment, number: int, deps: Deps, *, may_have_been_asked: bool) -> None:
+        self._payment, self._attempt, self._deps = payment, payment.attempts[number - 1], deps
         self._may_have_been_asked = may_have_been_asked
         self._ends = time.monotonic() + deps.budget_s
 
@@ -212,12 +212,17 @@ class _Asking:
         match seen:
             case Voided() | Refused():
                 return None
-            case Captured() | Authorized():
-                return self._attempt.number - 1, seen
+            case Captured():
+                return self._owner_of(gateway_id), seen
             case Unknown() | NotSent():
-                return self._attempt.number, NotSent(detail=f"the attempt before could not be voided: {seen.detail}")
+                detail = f"the attempt before could not be voided: {seen.detail}"
+                return self._attempt.number, NotSent(detail=detail, key_burnt=seen.key_burnt)
             case _:
                 return self._attempt.number, NotSent(detail="the attempt before could not be voided yet")
+
+    def _owner_of(self, gateway_id: str) -> int:
+        """The attempt that has this object."""
+        return next(attempt.number for attempt in self._payment.attempts if attempt.gateway_id == gateway_id)
 
     def _timeout(self) -> float:
         return max(0.0, min(self._deps.call_timeout_s, self._ends - time.monotonic()))

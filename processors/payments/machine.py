@@ -168,10 +168,10 @@ def decide(payment: Payment | None, command: Command, now: datetime, *, order_he
             raise IllegalTransition(f"{command.event_type} is no command of a payment")
 
 
-def is_under_way(payment: Payment | None, command: Command) -> bool:
-    """Whether this very command has been begun and not finished: the process ended in between, and the message came again."""
-    operation = payment.attempt.operation if payment else None
-    return operation is not None and operation.command_id == command.event_id
+def under_way(payment: Payment | None, command: Command) -> int | None:
+    """The attempt that this very command has begun and not finished: the process ended in between, and the message came again."""
+    operations = {attempt.number: attempt.operation for attempt in payment.attempts} if payment else {}
+    return next((number for number, operation in operations.items() if operation and operation.command_id == command.event_id), None)
 
 
 def _initiate(payment: Payment | None, command: InitiatePayment, now: datetime, order_held_by: str | None) -> Decision | Refusal:
@@ -201,7 +201,7 @@ def _initiate(payment: Payment | None, command: InitiatePayment, now: datetime, 
         metadata=command.metadata,
     )
     step = Step.CONFIRM if command.confirm else Step.CREATE
-    return Decision(events=draft.facts, attempts=(_open(1, command.gateway, request, step, command, now),), ask=True)
+    return Decision(events=draft.facts, attempts=(_open(1, command.gateway, request, step, command, now),), ask=1)
 
 
 def _confirm(payment: Payment, command: ConfirmPayment, now: datetime, order_held_by: str | None) -> Decision | Refusal:
@@ -224,14 +224,14 @@ def _confirm(payment: Payment, command: ConfirmPayment, now: datetime, order_hel
                 events=draft.facts,
                 attempts=(replace(attempt, request=request, operation=operation, updated_at=now),),
                 dropped_timers=(_expiry_id(payment),),
-                ask=True,
+                ask=attempt.number,
             )
         case PaymentStatus.REQUIRES_ACTION if command.payment_method is None:
             if attempt.operation is not None:
                 return _busy(attempt.operation)
             # The customer is said to be back: what the gateway knows by now is looked up, nothing is asked for again.
             operation = Operation(step=Step.CONFIRM, command_id=command.event_id, asked_at=now)
-            return Decision(attempts=(replace(attempt, operation=operation, updated_at=now),), ask=True)
+            return Decision(attempts=(replace(attempt, operation=operation, updated_at=now),), ask=attempt.number)
         case PaymentStatus.FAILED | PaymentStatus.REQUIRES_ACTION:
             if attempt.operation is not None:
                 return _busy(attempt.operation)
@@ -239,12 +239,14 @@ def _confirm(payment: Payment, command: ConfirmPayment, now: datetime, order_hel
                 return _order_is_held(order_held_by)
             abandoned = AttemptStatus.DECLINED if attempt.status is AttemptStatus.REQUIRES_ACTION else attempt.status
             draft.say(PaymentProcessing, attempt=attempt.number + 1)
-            following = _open(attempt.number + 1, payment.gateway, request, Step.CONFIRM, command, now, supersedes=attempt.gateway_id)
+            following = _open(
+                attempt.number + 1, payment.gateway, request, Step.CONFIRM, command, now, supersedes=attempt.gateway_id or attempt.supersedes
+            )
             return Decision(
                 events=draft.facts,
                 attempts=(_close(attempt, abandoned, now), following),
                 dropped_timers=(_expiry_id(payment),),
-                ask=True,
+                ask=following.number,
             )
         case PaymentStatus.PROCESSING:
             return Refusal(code="payment_in_progress", message="the payment is being charged already")
@@ -265,7 +267,7 @@ def _capture(payment: Payment, command: CapturePayment, now: datetime) -> Decisi
     if not 1 <= amount <= payment.amount_minor:
         return Refusal(code="capture_amount", message=f"from 1 to {payment.amount_minor} minor units can be captured; {amount} were asked for")
     operation = Operation(step=Step.CAPTURE, command_id=command.event_id, asked_at=now, amount_minor=amount)
-    return Decision(attempts=(replace(payment.attempt, operation=operation, updated_at=now),), ask=True)
+    return Decision(attempts=(replace(payment.attempt, operation=operation, updated_at=now),), ask=payment.attempt.number)
 
 
 def _cancel(payment: Payment, command: Command, now: datetime, reason: str) -> Decision | Refusal:
@@ -277,7 +279,7 @@ def _cancel(payment: Payment, command: Command, now: datetime, reason: str) -> D
     if attempt.gateway_id is not None:
         # Voided at the gateway first, so that a client secret can't be paid later. CANCELLED only when that is known.
         ask = Operation(step=Step.CANCEL, command_id=command.event_id, asked_at=now, reason=reason)
-        return Decision(attempts=(replace(attempt, operation=ask, updated_at=now),), ask=True)
+        return Decision(attempts=(replace(attempt, operation=ask, updated_at=now),), ask=attempt.number)
     draft = _Draft(payment, command, now)
     draft.say(PaymentCancelled, reason=reason)
     return Decision(
@@ -288,10 +290,10 @@ def _cancel(payment: Payment, command: Command, now: datetime, reason: str) -> D
 
 
 def _resolve(payment: Payment, command: ResolveAttempt) -> Decision | Refusal:
-    attempt = payment.attempt
-    if attempt.number != command.attempt or (attempt.operation is None and attempt.gateway_id is None):
+    attempt = next((attempt for attempt in payment.attempts if attempt.number == command.attempt), None)
+    if attempt is None or (attempt.operation is None and attempt.gateway_id is None):
         return Refusal(code="nothing_to_resolve", message=f"attempt {command.attempt} is in no doubt")
-    return Decision(ask=True)
+    return Decision(ask=attempt.number)
 
 
 # ── Seen ──
@@ -308,22 +310,24 @@ def observe(payment: Payment, number: int, observation: Observation, now: dateti
     latest = number == payment.attempt.number
     draft = _Draft(payment, cause, now)
     match observation:
-        case Unknown() | Processing():
-            return _in_doubt(draft, attempt, observation) if latest else _look_again(payment, attempt, now)
-        case NotSent():
-            return _not_sent(draft, attempt, observation) if latest else _look_again(payment, attempt, now)
         case Captured():
             return _captured(draft, attempt, observation, order_paid_by_other)
         case Authorized():
             return _authorized(draft, attempt, observation)
+        case Unknown() | Processing():
+            return _in_doubt(draft, attempt, observation, latest)
+        case NotSent():
+            return _not_sent(draft, attempt, observation, latest)
+        case _ if not latest:
+            return _answered(payment, attempt, now)
         case Voided():
-            return _voided(draft, attempt, observation) if latest else Decision()
+            return _voided(draft, attempt, observation)
         case Refused():
-            return _refused(draft, attempt, observation.failure, observation.latency_ms) if latest else Decision()
+            return _refused(draft, attempt, observation.failure, observation.latency_ms)
         case Declined():
-            return _declined(draft, attempt, observation) if latest else Decision()
+            return _declined(draft, attempt, observation)
         case ActionRequired():
-            return _action_required(draft, attempt, observation) if latest else Decision()
+            return _action_required(draft, attempt, observation)
         case Created():
             return _created(payment, attempt, observation, now)
         case _:
@@ -370,7 +374,7 @@ def _authorized(draft: _Draft, attempt: Attempt, seen: Authorized) -> Decision:
         # Nobody wants this hold any more: it is given back, however long that takes.
         void = Operation(
             step=Step.CANCEL,
-            command_id=draft.cause.event_id,
+            command_id=derived_id(payment.payment_id, attempt.number, "abandon"),
             asked_at=draft.now,
             reason="abandoned",
             doubt=AttemptStatus.NOT_SENT,
@@ -454,13 +458,13 @@ def _voided(draft: _Draft, attempt: Attempt, seen: Voided) -> Decision:
     )
 
 
-def _in_doubt(draft: _Draft, attempt: Attempt, seen: Unknown | Processing) -> Decision:
+def _in_doubt(draft: _Draft, attempt: Attempt, seen: Unknown | Processing, latest: bool) -> Decision:
     payment, now = draft.before, draft.now
-    if isinstance(seen, Processing) and payment.status in (PENDING, REQUIRES_ACTION, FAILED):
+    if latest and isinstance(seen, Processing) and payment.status in (PENDING, REQUIRES_ACTION, FAILED):
         draft.reach(PROCESSING, attempt)
     operation = attempt.operation
     if operation is None:
-        if isinstance(seen, Unknown) or payment.status in (AUTHORIZED, COMPLETED, CANCELLED):
+        if not latest or isinstance(seen, Unknown) or payment.status in (AUTHORIZED, COMPLETED, CANCELLED):
             return _look_again(payment, attempt, now)
         operation = Operation(step=Step.CONFIRM, command_id=draft.cause.event_id, asked_at=now)
     operation = _doubted(operation, AttemptStatus.UNKNOWN, seen, now)
@@ -470,12 +474,12 @@ def _in_doubt(draft: _Draft, attempt: Attempt, seen: Unknown | Processing) -> De
     return Decision(events=draft.facts, attempts=(doubted,), timers=(_resolve_at(payment, attempt, now + delay),))
 
 
-def _not_sent(draft: _Draft, attempt: Attempt, seen: NotSent) -> Decision:
+def _not_sent(draft: _Draft, attempt: Attempt, seen: NotSent, latest: bool) -> Decision:
     payment, now, operation = draft.before, draft.now, attempt.operation
     if operation is None:
         return _look_again(payment, attempt, now)
     operation = _doubted(operation, AttemptStatus.NOT_SENT, seen, now)
-    for_ever = payment.status in (CANCELLED, COMPLETED)
+    for_ever = not latest or payment.status in (CANCELLED, COMPLETED)  # nobody waits for it, and a hold that nobody wants has to go
     if operation.tries > len(RETRY_NOT_SENT) and not for_ever:
         failure = Failure(code="gateway_unavailable", message="The payment provider could not be reached. Nothing was charged.", advice="retry")
         return _refused(draft, attempt, failure, None)

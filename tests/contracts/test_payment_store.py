@@ -131,11 +131,18 @@ async def test_a_payment_holds_its_order_until_it_fails_or_is_cancelled(store: P
 
 
 async def test_an_observation_never_takes_the_order(store: PaymentStore) -> None:
-    await go(store, "initiate", "created", "cancel", "voided", "captured")
+    await go(store, "initiate and confirm", "declined", "captured")
     other = derived_id("another payment")
     async with store.transaction(RECEIVED, other, other) as tx:
         assert tx.order_held_by is None
         assert tx.order_paid_by == PAYMENT_ID
+
+
+async def test_money_that_goes_back_does_not_pay_the_order(store: PaymentStore) -> None:
+    await go(store, "initiate", "created", "cancel", "voided", "captured")
+    other = derived_id("another payment")
+    async with store.transaction(RECEIVED, other, other) as tx:
+        assert tx.order_paid_by is None
 
 
 async def test_a_gateways_object_is_found_once_it_is_remembered(store: PaymentStore) -> None:
