@@ -1,7 +1,7 @@
 """What is to happen later: due timers become commands, and doubts are watched.
 
-Rule: a timer is a row; claiming it deletes the row and writes its command to the outbox in one transaction, with an id that follows from the row, so it
-given once however many workers look. Each payments worker runs this beside its agent.
+Rule: a timer is a row; claiming it deletes the row and writes its command to the outbox in one transaction, with an id that follows from the row: it
+is given once, however many workers look. Each payments worker runs this beside its agent.
 Flow: machine -> timers (table) -> run_timers -> outbox -> relay -> payment-commands -> handler.
 """
 
@@ -16,7 +16,6 @@ from prometheus_client import Counter, Gauge
 
 from infra.clock import Clock
 from infra.crash_points import at
-from infra.database.delivery import Parking
 from infra.database.payments import PaymentStore
 from schemas.errors import Unavailable
 
@@ -24,7 +23,6 @@ log = structlog.get_logger()
 
 FIRED: Final = Counter("paystream_timers_fired_total", "Timers that came due and were turned into commands")
 UNKNOWN_AGE: Final = Gauge("paystream_unknown_attempt_age_seconds", "Age of the oldest attempt whose outcome is UNKNOWN; 0 if there is none")
-PARKED: Final = Gauge("paystream_parked_messages", "Messages that are parked", ["group", "disposition"])
 
 ALERT_AFTER: Final = timedelta(days=3)
 _LOOK_EVERY_S: Final = 0.25
@@ -47,20 +45,16 @@ async def run_timers(store: PaymentStore, clock: Clock) -> None:
             await asyncio.sleep(_LOOK_EVERY_S)
 
 
-async def watch_doubts(store: PaymentStore, parking: Parking, clock: Clock) -> None:
-    """Keep the figures on what is unknown and what is parked, for ever; say so loudly once a person has to look."""
+async def watch_doubts(store: PaymentStore, clock: Clock) -> None:
+    """Keep the figure on what is UNKNOWN, for ever; say so loudly once a person has to look."""
     while True:
         try:
             since = await store.oldest_unknown()
-            counts = await parking.parked_counts()
         except Unavailable:
             await asyncio.sleep(_WATCH_EVERY_S)
             continue
         age = clock.now() - since if since else timedelta()
         UNKNOWN_AGE.set(age.total_seconds())
         if age > ALERT_AFTER:
-            log.error("an attempt has been UNKNOWN for too long: ask the gateway's support", since=since, alert="unknown_attempt")
-        PARKED.clear()
-        for (group, disposition), count in counts.items():
-            PARKED.labels(group, disposition).set(count)
+            log.error("an attempt has been UNKNOWN for too long: ask the gateway's support", since=str(since), alert="unknown_attempt")
         await asyncio.sleep(_WATCH_EVERY_S)

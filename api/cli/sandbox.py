@@ -11,6 +11,7 @@ from infra import telemetry
 from infra.sandbox.behaviour import USUAL, Conditions
 from infra.sandbox.server import serve
 from infra.settings import load
+from schemas.errors import BadConfiguration
 
 _VARIABLE: Final = "PAYSTREAM_SANDBOX__"
 
@@ -31,6 +32,12 @@ def sandbox(
         str, typer.Option(envvar=_VARIABLE + "FAILURE_REASONS", help="Why the others don't, with weights.")
     ] = USUAL.failure_reasons,
     seed: Annotated[int | None, typer.Option(envvar=_VARIABLE + "SEED", help="Makes its luck repeat itself.")] = None,
+    webhook: Annotated[
+        str | None, typer.Option(envvar=_VARIABLE + "WEBHOOK", help="An endpoint for all events, registered at the start; needs its secret.")
+    ] = None,
+    webhook_secret: Annotated[
+        str | None, typer.Option(envvar=_VARIABLE + "WEBHOOK_SECRET", help="What that endpoint's events are signed with.")
+    ] = None,
 ) -> None:
     """Run the gateway sandbox until it is told to stop (SIGTERM, Ctrl-C).
 
@@ -38,4 +45,7 @@ def sandbox(
     """
     telemetry.configure(load({"service": "sandbox"}))
     conditions = Conditions(latency=latency, success_rate=success_rate, failure_reasons=failure_reasons)
-    serve(host=host, port=port, data=data, conditions=conditions, seed=seed)
+    if (webhook is None) != (webhook_secret is None):
+        raise BadConfiguration("--webhook and --webhook-secret go together")
+    endpoint = (webhook, webhook_secret) if webhook and webhook_secret else None
+    serve(host=host, port=port, data=data, conditions=conditions, seed=seed, webhook=endpoint)

@@ -14,8 +14,6 @@ import typer
 from infra import kafka_admin
 from infra.kafka_admin import Drift, Kind, Report
 from infra.settings import Settings, load
-from schemas.topics import as_markdown
-from schemas.topics import topics as the_topics
 
 DRIFT: Final = 3
 _LEFT_ALONE: Final = {
@@ -47,12 +45,6 @@ def diff(profile: Profile = None, as_json: AsJson = False) -> None:
     """Show where the brokers differ from the file. Status 3 if they do."""
     settings = load()
     _tell(kafka_admin.diff(settings, profile or _profile_of(settings)), as_json)
-
-
-@app.command()
-def table() -> None:
-    """Print docs/topics.md: every topic, and where each event goes."""
-    typer.echo(as_markdown(the_topics()), nl=False)
 
 
 def _profile_of(settings: Settings) -> str:

@@ -62,7 +62,7 @@ def event_rows(codec: Codec, destinations: Destinations, events: Sequence[Event]
 
 
 def headers_json(headers: Iterable[tuple[str, bytes | None]]) -> str:
-    """Record headers as a `headers` column has them: pairs of name and base64, or null. A NUL in a name, which Postgres does not take, shows as `\\0`."""
+    """Record headers as a column has them: pairs of name and base64, or null. A NUL in a name, which Postgres can't keep, shows as `\\0`."""
     return orjson.dumps(
         [(name.replace("\0", "\\0"), None if value is None else base64.b64encode(value).decode()) for name, value in headers]
     ).decode()

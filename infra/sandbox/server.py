@@ -29,6 +29,7 @@ from infra.sandbox.control import Control
 from infra.sandbox.faults import Faults
 from infra.sandbox.idempotency import Keys
 from infra.sandbox.pages import Pages
+from infra.sandbox.parameters import Registration, is_web_address
 from infra.sandbox.storage import Storage
 from infra.sandbox.webhooks import Webhooks
 from schemas.errors import BadConfiguration
@@ -48,10 +49,12 @@ async def running_sandbox(
     data: Path | None = None,
     conditions: Conditions = USUAL,
     seed: int | None = None,
+    webhook: tuple[str, str] | None = None,
 ) -> AsyncIterator[str]:
     """A sandbox in this process while the block runs; gives its URL. Port 0 takes a free one; without `data` its memory ends with it.
 
-    `seed` makes luck repeat itself for calls that come in the same order.
+    `seed` makes luck repeat itself for calls that come in the same order. `webhook` is the address and the secret of an endpoint that is there from
+    the start, so that whoever takes its events can know the secret beforehand.
     Raises BadConfiguration for a bad flag, a port that is taken and a directory that can't be used.
     """
     behaviour = Behaviour(conditions, seed)
@@ -67,6 +70,8 @@ async def running_sandbox(
         application.add_routes(StripeApi(account, storage, webhooks, keys, faults, behaviour).routes())
         application.add_routes(Control(account, storage, faults, clock, behaviour).routes())
         application.add_routes(Pages(account, storage).routes())
+        if webhook is not None:
+            _register(webhooks, *webhook, clock.now())
         webhooks.start()
         stack.push_async_callback(webhooks.stop)
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=_SHUTDOWN_S)
@@ -78,7 +83,7 @@ async def running_sandbox(
         yield f"http://{host}:{runner.addresses[0][1]}"
 
 
-def serve(*, host: str, port: int, data: Path, conditions: Conditions, seed: int | None) -> None:
+def serve(*, host: str, port: int, data: Path, conditions: Conditions, seed: int | None, webhook: tuple[str, str] | None) -> None:
     """Run in the foreground until SIGTERM or SIGINT. Raises as `running_sandbox` does."""
     _allow_many_connections()
 
@@ -86,13 +91,19 @@ def serve(*, host: str, port: int, data: Path, conditions: Conditions, seed: int
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with running_sandbox(host=host, port=port, data=data, conditions=conditions, seed=seed) as url:
+        async with running_sandbox(host=host, port=port, data=data, conditions=conditions, seed=seed, webhook=webhook) as url:
             _log.info("the sandbox listens", url=url, data=str(data))
             await stop.wait()
         _log.info("the sandbox has stopped")
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+def _register(webhooks: Webhooks, url: str, secret: str, now: int) -> None:
+    if not is_web_address(url):
+        raise BadConfiguration("--webhook: the address must begin with http:// or https://")
+    webhooks.register(Registration(url=url, enabled_events=("*",), description="registered at the start", metadata={}), now, secret)
 
 
 async def _listen(runner: web.AppRunner, host: str, port: int) -> None:

@@ -80,17 +80,23 @@ class Webhooks:
 
     # -- endpoints
 
-    def register(self, wish: Registration, now: int) -> Endpoint:
-        """The endpoint for this address; one that exists gets the new settings and keeps its secret."""
+    def register(self, wish: Registration, now: int, secret: str | None = None) -> Endpoint:
+        """The endpoint for this address; one that exists gets the new settings and keeps its secret, unless another `secret` is given."""
         known = self._storage.endpoints.labelled(wish.url)
         if known:
-            endpoint = replace(known[0], enabled_events=wish.enabled_events, description=wish.description, metadata=wish.metadata)
+            endpoint = replace(
+                known[0],
+                secret=secret or known[0].secret,
+                enabled_events=wish.enabled_events,
+                description=wish.description,
+                metadata=wish.metadata,
+            )
         else:
             endpoint = Endpoint(
                 id=f"we_{secrets.token_hex(12)}",
                 created=now,
                 url=wish.url,
-                secret=f"whsec_{secrets.token_hex(16)}",
+                secret=secret or f"whsec_{secrets.token_hex(16)}",
                 enabled_events=wish.enabled_events,
                 description=wish.description,
                 metadata=wish.metadata,

@@ -57,12 +57,6 @@ def test_a_profile_that_does_not_exist_is_wrong_usage(run: Run) -> None:
     assert "no profile 'staging'" in err
 
 
-@pytest.mark.unit
-def test_the_page_of_topics_is_printed(run: Run) -> None:
-    status, out, _ = run("topics", "table")
-    assert (status, out.splitlines()[0]) == (0, "# Topics")
-
-
 @pytest.mark.integration
 def test_drift_is_status_3_until_it_is_applied(run: Run, installation: Settings) -> None:
     status, out, err = run("topics", "diff", settings=installation)

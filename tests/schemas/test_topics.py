@@ -135,7 +135,7 @@ def test_the_file_is_found_from_any_folder(tmp_path: Path) -> None:
 
 def test_the_page_is_fresh() -> None:
     page = (ROOT / "docs" / "topics.md").read_text(encoding="utf-8")
-    assert page == as_markdown(topics()), "stale: run `paystream topics table > docs/topics.md`"
+    assert as_markdown(topics()) in page, "stale: run `paystream docs`"
 
 
 def test_the_guide_for_consumers_explains_every_event() -> None:

@@ -139,6 +139,8 @@ async def test_bad_flags_end_with_a_message_and_status_2(tmp_path: Path) -> None
     for flags, word in (
         (("--latency", "soon"), "--latency"),
         (("--data", "/dev/null/x"), "--data"),
+        (("--webhook", "http://127.0.0.1:9/none"), "--webhook-secret"),
+        (("--webhook", "nowhere", "--webhook-secret", "whsec_x"), "http://"),
     ):
         status, words = await failed("sandbox", "--data", data, *flags)
         assert (status, word in words, "Traceback" in words) == (2, True, False), words

@@ -168,3 +168,13 @@ async def test_events_of_a_removed_endpoint_are_dropped(sandbox: Client, receive
         while (await sandbox.ask("GET", "/_sandbox/health")).body["pending_webhooks"]:
             pass
     assert receiver.tries == 1
+
+
+async def test_an_endpoint_given_at_the_start_is_signed_with_the_secret_given(receiver: Receiver, tmp_path: Path) -> None:
+    async with running_sandbox(data=tmp_path) as url, client(url) as sandbox:
+        await receiver.register(sandbox, "charge.refunded")
+    async with running_sandbox(data=tmp_path, webhook=(receiver.url, "whsec_given")) as url, client(url) as sandbox:
+        await sandbox.create()
+        await receiver.until(lambda: len(receiver.bodies) == 1)
+        stripe.WebhookSignature.verify_header(receiver.bodies[0].decode(), receiver.signatures[0], "whsec_given", 300)
+        assert len((await sandbox.ask("GET", "/v1/webhook_endpoints")).body["data"]) == 1
