@@ -25,6 +25,7 @@ from rich.table import Table
 
 from api.auth import Tokens
 from api.cli.borrowed_stack import borrowed_stack
+from api.cli.stack import Folder
 from infra.local.client import Bank, Caller, opened_session
 from infra.local.stack import Stack
 from infra.settings import Settings
@@ -54,6 +55,7 @@ def bench(
     payments: Annotated[int, typer.Option("--payments", "-n", min=10, max=100_000, help="Payments in a round.")] = 1000,
     at_once: Annotated[int, typer.Option("--at-once", "-c", min=1, max=1000, help="Callers that wait for an outcome at the same time.")] = 64,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=20, help="Rounds after the one that warms up.")] = 3,
+    folder: Folder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
 ) -> None:
     """Measure the pipeline on the local stack: latency, payments a second, CPU and memory.
@@ -61,7 +63,7 @@ def bench(
     Example: paystream bench -n 500 -c 32 --json
     """
     console = Console(stderr=True)
-    with borrowed_stack(console, keep=sys.stdout.isatty() and not as_json) as stack:
+    with borrowed_stack(folder, console, keep=sys.stdout.isatty() and not as_json) as stack:
         settings, sandbox_url = stack.settings(), stack.addresses()["sandbox"]
         with Progress(console=console, transient=not console.is_terminal) as progress:
             task = progress.add_task("warming up", total=rounds + 1)

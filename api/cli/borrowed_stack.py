@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,9 +16,9 @@ from infra.local.stack import Stack
 
 
 @contextmanager
-def borrowed_stack(console: Console, *, keep: bool) -> Iterator[Stack]:
-    """A running stack within the block. `keep`: leave it running afterwards, and say how it is stopped."""
-    stack = Stack()
+def borrowed_stack(folder: Path | None, console: Console, *, keep: bool) -> Iterator[Stack]:
+    """The stack of `folder`, running, within the block. `keep`: leave it running afterwards, and say how it is stopped."""
+    stack = Stack(folder)
     if stack.running:
         stack.start(progress=_told(console))
         yield stack

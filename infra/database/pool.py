@@ -34,6 +34,7 @@ async def opened_pool(settings: Database, name: str) -> AsyncIterator[Pool]:
         min_size=1,
         max_size=settings.pool_size,
         timeout=5,
+        reconnect_timeout=2,  # then by whoever asks next: the pool alone would look ever less often, for up to five minutes
         open=False,
         name=name,
         kwargs={**_CONNECT, "autocommit": True, "application_name": name},

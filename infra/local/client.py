@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,11 +23,11 @@ _PATIENCE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer of the API. `seconds` is how long the request took that brought it, `tries` how many it needed."""
+    """One answer of the API; `headers` by their names in any case. `seconds` is how long the request took that brought it, `tries` how many it needed."""
 
     status: int
     body: dict[str, Any]
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     seconds: float
     tries: int
 
@@ -68,7 +68,7 @@ class Caller:
                     in_flight = answer.status == 409 and "Retry-After" in answer.headers
                     if answer.status not in _TRY_AGAIN and not in_flight:
                         seconds = time.perf_counter() - started
-                        return Answer(status=answer.status, body=body, headers=dict(answer.headers), seconds=seconds, tries=tries)
+                        return Answer(status=answer.status, body=body, headers=answer.headers, seconds=seconds, tries=tries)
                     reason, pause = f"HTTP {answer.status}", min(float(answer.headers.get("Retry-After", pause)), 2.0)
             except (aiohttp.ClientError, TimeoutError) as error:
                 reason = type(error).__name__
@@ -92,6 +92,11 @@ class Bank:
 
     async def drop_faults(self) -> None:
         await self._ask("DELETE", "/_sandbox/faults")
+
+    async def pay(self, client_secret: str, payment_method: str) -> None:
+        """The customer's browser pays with the client secret, past the shop."""
+        body = {"client_secret": client_secret, "payment_method": payment_method}
+        await self._ask("POST", f"/_sandbox/payment_intents/{client_secret.partition('_secret_')[0]}/pay", json=body)
 
     async def authenticate(self, intent_id: str, *, passes: bool = True) -> None:
         """The customer answers the bank's 3-D Secure question."""

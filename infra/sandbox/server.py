@@ -71,7 +71,7 @@ async def running_sandbox(
         application.add_routes(Control(account, storage, faults, clock, behaviour).routes())
         application.add_routes(Pages(account, storage).routes())
         if webhook is not None:
-            _register(webhooks, *webhook, clock.now())
+            _register(webhooks, *webhook, int(clock.now()))
         webhooks.start()
         stack.push_async_callback(webhooks.stop)
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=_SHUTDOWN_S)

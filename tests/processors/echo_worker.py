@@ -36,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("name")
     arguments.add_argument("--latency", type=float, default=1.0, help="seconds that a message takes")
-    arguments.add_argument(
-        "--slow", type=float, default=10.0, help="the same for orders whose name begins with slow; those that begin with bug raise"
-    )
+    arguments.add_argument("--slow", type=float, default=10.0, help="the same for orders that are called slow…; those that begin with bug raise")
     arguments.add_argument("--off", action="append", default=[])
     arguments.add_argument("--batch", type=int, default=0)
     arguments.add_argument("--quiet", action="store_true", help="write nothing down")
@@ -58,6 +56,8 @@ class Echo:
         started = SystemClock().now()
         if message.order_id.startswith("bug"):
             raise ZeroDivisionError("as asked")
+        if message.order_id.startswith("fatal"):
+            raise SystemExit("as asked")
         await asyncio.sleep(self._options.slow if message.order_id.startswith("slow") else self._options.latency)
         if not self._options.quiet:
             await self._write(received, message, started)

@@ -26,6 +26,7 @@ from api.cli.borrowed_stack import borrowed_stack
 from api.cli.demo.evidence import gathered, starting_line
 from api.cli.demo.promises import COMMANDS, Evidence, Verdict, unkept, verdicts
 from api.cli.demo.traffic import Journey, Storefront, planned
+from api.cli.stack import Folder
 from infra.local.client import Bank, Caller, opened_session
 from infra.schema_registry import load_codec
 from infra.settings import Settings
@@ -41,6 +42,7 @@ Report = dict[str, Any]
 
 def demo(
     payments: Annotated[int, typer.Option("--payments", "-n", min=1, max=20_000, help="How many payments to send.")] = 200,
+    folder: Folder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed sends the same mix.")] = None,
 ) -> None:
@@ -49,7 +51,7 @@ def demo(
     Example: paystream demo --payments 50 --json
     """
     console = Console(stderr=True)
-    with borrowed_stack(console, keep=sys.stdout.isatty() and not as_json) as stack:
+    with borrowed_stack(folder, console, keep=sys.stdout.isatty() and not as_json) as stack:
         report, found = asyncio.run(_run(stack.settings(), stack.addresses()["sandbox"], payments, seed, console))
         if as_json:
             print(json.dumps(report, indent=2))

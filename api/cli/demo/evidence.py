@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any, Final
@@ -17,7 +18,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions
 from confluent_kafka.admin import AdminClient
 
 from api.cli.demo.promises import COMMANDS, DEAD_LETTERS, EVENTS, WEBHOOKS, Evidence, Request, Seen
-from api.cli.demo.traffic import Journey
+from api.cli.demo.traffic import PARKED_MESSAGES, Journey
 from api.intake import command_id_of
 from infra.kafka_admin import client_config
 from infra.local.client import Bank, Caller
@@ -82,17 +83,17 @@ async def gathered(
     parked = frozenset(journey.order_id for journey in journeys if journey.kind == "parked order")
     ends = time.monotonic() + _SETTLES_WITHIN_S
     while True:
-        payments, timelines, commands = await _shown(caller, requests)
-        left = _under_way(payments, timelines, commands, requests, parked) + await bank.pending_webhooks()
-        left += await asyncio.to_thread(_unconsumed, settings, starts)
+        # In this order: who is asked later sees what those before had under way. The books and the topics are read at the end, when nothing moves.
+        left = await bank.pending_webhooks() + await asyncio.to_thread(_unconsumed, settings, starts, parked)
+        if not left:
+            payments, timelines, commands = await _shown(caller, requests)
+            left = _under_way(payments, timelines, commands, requests, parked)
         if not left:
             break
         if time.monotonic() > ends:
             raise Unavailable("the pipeline", f"{left} payments, commands or messages were still under way after {_SETTLES_WITHIN_S:.0f} s")
         tell(f"{left} still under way")
         await asyncio.sleep(0.5)
-    # Nothing moves any more: only now are the books and the topics read, so that they speak of the same moment.
-    payments, timelines, commands = await _shown(caller, requests)
     ledger = [charge for charge in await bank.ledger() if charge["order_id"] in orders]
     records = await asyncio.to_thread(_records, settings, codec, starts, orders)
     return Evidence(
@@ -139,13 +140,19 @@ def _under_way(
     return undecided + moving + unpublished
 
 
-def _unconsumed(settings: Settings, starts: dict[Place, int]) -> int:
-    """How many records of its topics the payments group has not finished."""
+def _unconsumed(settings: Settings, starts: dict[Place, int], parked: frozenset[str]) -> int:
+    """How many records the payments group has not finished, and how many parked orders don't have their messages among the dead letters yet."""
     committed = _committed(settings)
     last: dict[Place, int] = {}
-    for record in _read(settings, {place: start for place, start in starts.items() if place[0] in (COMMANDS, WEBHOOKS)}):
-        last[record.topic().removeprefix(settings.prefix), record.partition()] = record.offset()
-    return sum(max(0, offset + 1 - committed.get(place, 0)) for place, offset in last.items())
+    copies: Counter[str] = Counter()
+    for record in _read(settings, {place: start for place, start in starts.items() if place[0] in (COMMANDS, WEBHOOKS, DEAD_LETTERS)}):
+        topic = record.topic().removeprefix(settings.prefix)
+        if topic == DEAD_LETTERS:
+            copies[(record.key() or b"").decode(errors="replace")] += 1
+        else:
+            last[topic, record.partition()] = record.offset()
+    unfinished = sum(max(0, offset + 1 - committed.get(place, 0)) for place, offset in last.items())
+    return unfinished + sum(1 for order in parked if copies[order] < PARKED_MESSAGES)
 
 
 def _committed(settings: Settings) -> dict[Place, int]:

@@ -15,6 +15,8 @@ from typing import Any, Final
 from infra.local.client import Answer, Bank, Caller
 
 WAIT_S: Final = 15
+PARKED_MESSAGES: Final = 2
+"""Of a parked order: the one that nobody can read, and the cancellation behind it."""
 
 
 @dataclass(kw_only=True)
