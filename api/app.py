@@ -121,7 +121,8 @@ async def opened_deps(settings: Settings) -> AsyncIterator[Deps]:
         gateways = await opened.enter_async_context(opened_gateways(settings))
 
         async def registry_answers() -> bool:
-            return await asyncio.to_thread(schema_registry.answers, settings)
+            # Once its schemas are here nothing waits for it any more.
+            return codec.there and await asyncio.to_thread(schema_registry.answers, settings)
 
         async def redis_answers() -> bool:
             return await line.ask("PING") is not None

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from schemas.errors import BadConfiguration
 
 PREFIX: Final = "PAYSTREAM_"
+LOCAL_DIR: Final = PREFIX + "LOCAL_DIR"
 _SHORT_NAMES: Final = {
     "DATABASE_URL": "PAYSTREAM_DATABASE__URL",
     "KAFKA_BOOTSTRAP_SERVERS": "PAYSTREAM_KAFKA__BOOTSTRAP_SERVERS",
@@ -94,7 +95,7 @@ class Worker(Section):
 
 
 class Relay(Section):
-    max_rows: int = Field(500, ge=1, description="outbox rows in one Kafka transaction at most")
+    max_rows: int = Field(500, ge=1, le=5000, description="outbox rows in one Kafka transaction at most")
     linger_ms: int = Field(20, ge=0, description="the least time between the beginnings of two batches under load")
     transaction_timeout_ms: int = Field(10_000, ge=1000, description="after which the brokers end a transaction that was left open")
 
@@ -147,8 +148,9 @@ def load(overrides: Mapping[str, Any] | None = None) -> Settings:
     Raises BadConfiguration naming every bad setting, by its environment name, at once.
     """
     _spell_out_short_names()
+    files = (Path(os.environ.get(LOCAL_DIR, ".paystream")) / "environment", Path(".env"))
     try:
-        return Settings(**(overrides or {}))
+        return Settings(_env_file=files, **(overrides or {}))
     except ValidationError as error:
         lines = [f"  {PREFIX}{'__'.join(str(part).upper() for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
         raise BadConfiguration("these settings are wrong:\n" + "\n".join(lines)) from None

@@ -12,7 +12,7 @@ import os
 import signal
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -34,9 +34,11 @@ from processors.health import Health
 from processors.keyed_window import Gate, KeyedWindow
 from processors.transport import SCHEME, Repairs
 from schemas.codec import Codec
+from schemas.errors import Unavailable
 
 log = structlog.get_logger()
 
+_RETRY_S: Final = 1.0
 _STOP_GRACE_S: Final = 10.0
 """What stopping may take on top of the drain: the commit, and leaving the group."""
 
@@ -91,12 +93,10 @@ class App(faust.App):  # type: ignore[misc]  # Faust has no types
         window: KeyedWindow[Incoming],
         *,
         repairs: Repairs | None = None,
-        escaped: Callable[[BaseException], object] = end_process,
-        **overrides: Any,
     ) -> None:
         self.prefix, self.drain_s = settings.prefix, settings.worker.drain_s
-        self.window, self.repairs, self.escaped = window, repairs or Repairs(), escaped
-        super().__init__(group_id(settings, group), **(_faust_settings(settings) | overrides))
+        self.window, self.repairs = window, repairs or Repairs()
+        super().__init__(group_id(settings, group), **_faust_settings(settings))
 
     def topics_named(self, *names: str) -> TopicT[bytes]:
         """The topics of these names (without prefix), as one stream of bytes: nothing is decoded here, so nothing can fail here."""
@@ -110,8 +110,7 @@ class App(faust.App):  # type: ignore[misc]  # Faust has no types
 
     def _crash(self, reason: BaseException) -> None:
         """Whatever fails in Faust ends up here."""
-        self.escaped(reason)
-        super()._crash(reason)
+        end_process(reason)
 
     def _create_directories(self) -> None:
         """Faust would make one for its tables."""
@@ -214,7 +213,10 @@ async def _run_worker(settings: Settings, group: Group, compose: Compose, repair
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with compose(settings) as work:
+    async with AsyncExitStack() as opened:
+        work = await _first_of(stop.wait(), _compose(settings, compose, opened))
+        if not isinstance(work, Work):
+            return
         gate = Gate()
         halt = Halt(group, work.parking, gate)
         failures = Failures(group, work.parking, gate, halt, max_bugs=settings.worker.max_bugs)
@@ -224,14 +226,26 @@ async def _run_worker(settings: Settings, group: Group, compose: Compose, repair
         health = Health(settings, group, work.topics, window, gate, lambda: app.consumer if app.started else None, EndOffsets(settings.kafka))
         REGISTRY.register(health)
         probes = Probes(live=health.live, ready=lambda: {**health.ready(), "halted": halt.reason})
-        async with admin_server(settings.worker.admin_host, settings.worker.admin_port, settings.service, probes):
-            await _first_of(stop.wait(), _run(app, health), halt.watch(), health.watch(), *(service() for service in work.services))
-            log.info("stopping", running=window.running, queued=window.queued)
-            try:
-                async with asyncio.timeout(app.drain_s + _STOP_GRACE_S):
-                    await app.stop()
-            except TimeoutError:
-                log.warning("did not stop in time")
+        await opened.enter_async_context(admin_server(settings.worker.admin_host, settings.worker.admin_port, settings.service, probes))
+        await _first_of(stop.wait(), _run(app, health), halt.watch(), health.watch(), *(service() for service in work.services))
+        if not stop.is_set():
+            raise RuntimeError("a part of the worker has ended by itself")
+        log.info("stopping", running=window.running, queued=window.queued)
+        try:
+            async with asyncio.timeout(app.drain_s + _STOP_GRACE_S):
+                await app.stop()
+        except TimeoutError:
+            log.warning("did not stop in time")
+
+
+async def _compose(settings: Settings, compose: Compose, opened: AsyncExitStack) -> Work:
+    """What the worker does, as soon as all that it needs for that is there."""
+    while True:
+        try:
+            return await opened.enter_async_context(compose(settings))
+        except Unavailable as error:
+            log.warning("waiting", waiting_for=str(error))
+        await asyncio.sleep(_RETRY_S)
 
 
 async def _run(app: App, health: Health) -> None:
@@ -240,12 +254,12 @@ async def _run(app: App, health: Health) -> None:
     await app.wait_until_stopped()
 
 
-async def _first_of(*coroutines: Coroutine[Any, Any, object]) -> None:
-    """Run them all until the first one ends; raises what that one raised. The others go on: they end with the process."""
+async def _first_of(*coroutines: Coroutine[Any, Any, object]) -> object:
+    """Run them all until the first one ends: what it returns, or raises. The others go on: they end with the process."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()
+    results = [task.result() for task in done]
+    return results[0]
 
 
 def _window(work: Work, failures: Failures, gate: Gate, worker: Worker) -> KeyedWindow[Incoming]:

@@ -30,7 +30,7 @@ from processors.orders import handler as orders_handler
 from processors.orders.machine import WANTED
 from processors.payments import agent as payments_agent
 from processors.payments import handler as payments_handler
-from processors.timers import run_timers, watch_doubts
+from processors.timers import forget_old_messages, run_timers, watch_doubts
 from schemas.topics import destinations
 
 
@@ -40,6 +40,7 @@ async def payments(settings: Settings) -> AsyncIterator[Work]:
     clock, codec = SystemClock(), load_codec(settings)
     async with opened_pool(settings.database, settings.service) as pool, opened_gateways(settings) as gateways:
         store = PostgresPaymentStore(pool, codec, destinations, clock)
+        parking = PostgresParking(pool, clock)
         outcomes = Outcomes(connect(settings.redis), settings.prefix)
         deps = payments_handler.Deps(
             store=store,
@@ -53,9 +54,9 @@ async def payments(settings: Settings) -> AsyncIterator[Work]:
             register=payments_agent.register,
             topics=payments_agent.TOPICS,
             codec=codec,
-            parking=PostgresParking(pool, clock),
+            parking=parking,
             handler=partial(payments_handler.handle, deps=deps),
-            services=(lambda: run_timers(store, clock), lambda: watch_doubts(store, clock)),
+            services=(lambda: run_timers(store, clock), lambda: watch_doubts(store, clock), lambda: forget_old_messages(parking, clock)),
         )
         await outcomes.aclose()
 

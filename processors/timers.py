@@ -16,6 +16,7 @@ from prometheus_client import Counter, Gauge
 
 from infra.clock import Clock
 from infra.crash_points import at
+from infra.database.delivery import Parking
 from infra.database.payments import PaymentStore
 from schemas.errors import Unavailable
 
@@ -25,7 +26,10 @@ FIRED: Final = Counter("paystream_timers_fired_total", "Timers that came due and
 UNKNOWN_AGE: Final = Gauge("paystream_unknown_attempt_age_seconds", "Age of the oldest attempt whose outcome is UNKNOWN; 0 if there is none")
 
 ALERT_AFTER: Final = timedelta(days=3)
+INBOX_KEPT: Final = timedelta(days=90)
+"""Longer than any topic keeps a message, and longer than a dead letter may lie."""
 _LOOK_EVERY_S: Final = 0.25
+_FORGET_EVERY_S: Final = 3600.0
 _WATCH_EVERY_S: Final = 5.0
 
 
@@ -58,3 +62,13 @@ async def watch_doubts(store: PaymentStore, clock: Clock) -> None:
         if age > ALERT_AFTER:
             log.error("an attempt has been UNKNOWN for too long: ask the gateway's support", since=str(since), alert="unknown_attempt")
         await asyncio.sleep(_WATCH_EVERY_S)
+
+
+async def forget_old_messages(parking: Parking, clock: Clock) -> None:
+    """Keep the inbox from growing, for ever."""
+    while True:
+        try:
+            await parking.forget(clock.now() - INBOX_KEPT)
+        except Unavailable as error:
+            log.warning("the inbox is not cleared", reason=error.detail)
+        await asyncio.sleep(_FORGET_EVERY_S)

@@ -44,7 +44,8 @@ _FIRST_RETRY_S: Final = 0.2
 _LAST_RETRY_S: Final = 5.0
 _HANGS_AFTER_S: Final = 5.0
 _STUCK_AFTER_S: Final = 300.0
-_FINISH_S: Final = 10.0
+_FINISH_S: Final = 8.0
+_DISCARD_S: Final = 2.0
 _MEASURE_S: Final = 5.0
 _MEASUREMENTS_BETWEEN_PURGES: Final = 720
 _KEPT: Final = timedelta(days=7)
@@ -121,7 +122,11 @@ class OutboxRelay:
                 self._limit = max(1, refused.index)
                 await _to_its_end(self._recover())
                 continue
+            except Unavailable:
+                self._limit = max(1, len(rows) // 2)  # if it was too much for the time that a transaction has, less will do
+                raise
             self._failures = 0
+            _REFUSED.set(0)
             if len(rows) == limit:
                 self._limit = min(2 * limit, self._settings.max_rows)
                 continue
@@ -147,7 +152,6 @@ class OutboxRelay:
         _TRANSACTIONS.labels("committed").inc()
         await at("relay.after_commit")
         _PUBLISHED.inc(await self._store.mark_published(placements))
-        _REFUSED.set(0)
         await at("relay.after_mark")
 
     async def _in_kafka(self, call: Callable[[], T]) -> T:
@@ -159,6 +163,7 @@ class OutboxRelay:
 
     def _stand_by(self) -> None:
         self._trouble = None
+        _REFUSED.set(0)
         _log.info("another relay publishes; this one stands by")
 
     def _report(self, error: PaystreamError) -> None:
@@ -190,9 +195,9 @@ class _KafkaThread:
         return await asyncio.wrap_future(future)
 
     async def end(self, last: Callable[[], None]) -> None:
-        """Call `last` when the others are done; it is not waited for longer than a batch may take."""
+        """Call `last` when the others are done, unless one of them hangs."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_FINISH_S):
+            async with asyncio.timeout(_DISCARD_S):
                 await self.call(last)
         self._calls.put(None)
 

@@ -118,11 +118,11 @@ class OutboxTransactions:
 
         Raises RowRefused, or Unavailable when the outcome is not plain.
         """
+        for index, row in enumerate(rows):
+            if not row.topics:
+                raise RowRefused(index, row, "no topic", "it names no topic to go to")
         with kafka_translated():
             self._producer.begin_transaction()
-            for index, row in enumerate(rows):
-                if not row.topics:
-                    raise RowRefused(index, row, "no topic", "it names no topic to go to")
             placements = self._produce(rows)
             crash_here("relay.after_produce")
             self._produce([self._position(placements)])
@@ -163,6 +163,8 @@ class OutboxTransactions:
             except KafkaException as error:
                 failures.append((index, topic, error.args[0]))
                 break
+            except BufferError as error:
+                raise RowRefused(index, row, topic, "librdkafka's queue is full, of what stands before it in the batch") from error
         deadline = time.monotonic() + self._timeout_s
         while self._producer.flush(_SLICE_S) and not failures and time.monotonic() < deadline:
             pass
@@ -188,17 +190,17 @@ class OutboxTransactions:
 
     def _position(self, placements: Sequence[Placement]) -> OutboxRow:
         """The record that says what this transaction publishes, as one more row."""
-        now = str(uuid.uuid4())
+        name = str(uuid.uuid4())
         position = OutboxPosition(
-            event_id=now,
+            event_id=name,
             order_id=None,
             payment_id=None,
             user_id=None,
             occurred_at=self._clock.now(),
-            correlation_id=now,
+            correlation_id=name,
             records=[f"{placed.outbox_id} {placed.topic} {placed.partition} {placed.offset}" for placed in placements],
         )
-        return OutboxRow(now, (POSITIONS,), _POSITION_KEY, self._codec().encode(position), headers(position), None)
+        return OutboxRow(name, (POSITIONS,), _POSITION_KEY, self._codec().encode(position), headers(position), None)
 
     def _commit(self) -> None:
         began = time.monotonic()

@@ -23,7 +23,8 @@ from infra.settings import Settings
 from producers.committed_log import unavailable
 from schemas.errors import Rejected, Unavailable
 
-_LINGER_MS: Final = 1
+_LINGER_MS: Final = 0
+"""Alone, a send takes 0.3 ms instead of 1.6; under load records travel together anyway, while the one before is under way."""
 _QUEUED_RECORDS: Final = 10_000
 _QUEUED_KIB: Final = 64 * 1024
 _POLL_S: Final = 0.2

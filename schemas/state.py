@@ -76,8 +76,8 @@ class ChargeRequest:
 class Operation:
     """What the gateway is being asked, from before the first POST until its answer is known.
 
-    `keys_burnt` counts idempotency keys that an answered 5xx has spoilt (the gateway replays it); `asked_at` is when the first key was first used.
-    `doubt` is UNKNOWN (it may have been done), NOT_SENT (it surely was not) or None (being asked right now); `tries` counts what timers have done since.
+    `keys_burnt` counts idempotency keys that an answered 5xx has spoilt (the gateway replays it); `asked_at` is when the first one was used.
+    `doubt` is UNKNOWN (it may have been done), NOT_SENT (it surely was not) or None (being asked right now); `tries` counts timers since.
     """
 
     step: Step

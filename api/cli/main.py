@@ -56,6 +56,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     Command("schemas", "api.cli.schemas:app", "Register the Avro schemas, or check that they are compatible."),
     Command("docs", "api.cli.docs:docs", "Refresh the generated parts of the documentation."),
     Command("resume", "api.cli.groups:resume", "Let a consumer group run again that halted."),
+    Command("audit", "api.cli.audit:audit", "Check that Kafka holds every event that Postgres says, once and in order."),
     Command("rebuild", "api.cli.rebuild:rebuild", "Fold the analytics views anew, from the first event on."),
     Command("api", "api.cli.serve:api", "Run the HTTP intake."),
     Command("relay", "api.cli.serve:relay", "Run the outbox relay."),

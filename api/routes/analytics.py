@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query
 from pydantic import AwareDatetime
 from starlette.responses import Response
 
+from api.answers import PREFIX, SUMMARY_EXAMPLE, described, document
 from api.auth import ADMIN, ANALYST
 from api.deps import Caller, Given
 from api.errors import FieldError, Problem, documented
-from api.routes.payments import PREFIX, document
 from infra.database.reads import Summary
 
 router = APIRouter(prefix=PREFIX, tags=["analytics"])
@@ -23,7 +23,7 @@ BY_DEFAULT: Final = timedelta(days=1)
 @router.get(
     "/analytics/summary",
     response_model=None,
-    responses={200: {"model": Summary}, **documented("unauthorized", "forbidden", "validation_failed", "unavailable")},
+    responses={200: described(Summary, SUMMARY_EXAMPLE), **documented("unauthorized", "forbidden", "validation_failed", "unavailable")},
 )
 async def summary(
     caller: Caller,

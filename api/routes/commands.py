@@ -14,12 +14,13 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, Request
 from starlette.responses import Response
 
+from api.answers import COMMAND_EXAMPLE, PAYMENT_EXAMPLE, PREFIX, TAKEN_EXAMPLE, Taken, described, document
 from api.auth import Principal
 from api.bodies import Body, CancelBody, CaptureBody, ConfirmBody, IntentBody, OpenBody, ProcessBody, parse, read_body, request_body
 from api.deps import Caller, Deps, Given, deps_of, intake_of
 from api.errors import FieldError, Problem, documented
 from api.intake import Asked, derived_key, fingerprint, read_idempotency_key, read_wait
-from api.routes.payments import PREFIX, as_id, document, payment_missing
+from api.routes.payments import as_id, payment_missing
 from infra.database.reads import CommandView, PaymentView
 from infra.gateways.amounts import InexactAmount, to_units
 from schemas.messages import CancelPayment, CapturePayment, Command, ConfirmPayment, InitiatePayment
@@ -32,17 +33,6 @@ PROCESS: Final = "POST /api/v1/payments/process"
 CONFIRM: Final = "POST /api/v1/payments/confirm"
 CAPTURE: Final = "POST /api/v1/payments/{payment_id}/capture"
 CANCEL: Final = "POST /api/v1/payments/{payment_id}/cancel"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """The command is taken; what became of it is told by `links`."""
-
-    payment_id: str
-    order_id: str
-    command_id: str
-    status: str
-    links: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +70,8 @@ class Call:
                 **ids,
             )
         )
-        taken = answer.command
-        payment = f"{PREFIX}/payments/{taken.payment_id}"
-        headers = answer.headers | {"Location": payment}
-        if answer.payment is not None:
-            return document(answer.payment, answer.status, headers)
-        links = {
-            "self": payment,
-            "events": f"{payment}/events",
-            "command": f"{PREFIX}/commands/{taken.event_id}",
-            "order": f"{PREFIX}/payments/order/{taken.order_id}",
-        }
-        told = Taken(payment_id=taken.payment_id, order_id=taken.order_id, command_id=taken.event_id, status=answer.payment_status, links=links)
-        return document(told, answer.status, headers)
+        taken = Taken.of(answer.command, answer.payment_status)
+        return document(answer.payment or taken, answer.status, {**answer.headers, "Location": taken.links["self"]})
 
 
 async def _call(
@@ -146,8 +125,8 @@ _PROBLEMS: Final = (
 def _documented(model: type[Body], *more: str, required: bool = True) -> dict[str, Any]:
     """What the API's documentation says about one of these routes."""
     answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": PaymentView, "description": "There was an outcome in time: the payment, declined or not (`Prefer: wait=N` only)"},
-        202: {"model": Taken, "description": "The command is taken"},
+        200: described(PaymentView, PAYMENT_EXAMPLE, "There was an outcome in time: the payment, declined or not (`Prefer: wait=N` only)"),
+        202: described(Taken, TAKEN_EXAMPLE, "The command is taken: it is on all in-sync replicas"),
     }
     return {
         "status_code": 202,
@@ -196,7 +175,7 @@ async def cancel(payment_id: str, call: TheCall) -> Response:
 @router.get(
     "/commands/{command_id}",
     response_model=None,
-    responses={200: {"model": CommandView}, **documented("unauthorized", "command_not_found", "unavailable")},
+    responses={200: described(CommandView, COMMAND_EXAMPLE), **documented("unauthorized", "command_not_found", "unavailable")},
 )
 async def command(command_id: str, caller: Caller, given: Given) -> Response:
     """What became of a command: accepted (nothing yet), applied, or refused and why."""

@@ -9,50 +9,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Final
 from urllib.parse import urlencode
 from uuid import UUID
 
-import orjson
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
+from api.answers import PAGE_EXAMPLE, PAYMENT_EXAMPLE, PREFIX, TIMELINE_EXAMPLE, Page, Timeline, described, document
 from api.auth import ADMIN, Principal
 from api.deps import Caller, Given
 from api.errors import FieldError, Problem, documented
-from infra.database.reads import EventView, PaymentView, Place, Reads
+from infra.database.reads import PaymentView, Place, Reads
 from schemas.messages import is_order_id
 
-PREFIX: Final = "/api/v1"
 router = APIRouter(prefix=PREFIX, tags=["payments"])
 
 Limit = Annotated[int, Query(ge=1, le=100, description="payments on a page")]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next` of the page before")]
 OrderFilter = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="payments of this order only")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """Newest first. `next` is the cursor of the next page, null on the last one."""
-
-    items: Sequence[PaymentView]
-    next: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """Oldest first."""
-
-    items: Sequence[EventView]
-
-
-def document(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer. Nobody between us and the caller may keep it."""
-    body = orjson.dumps(content, option=orjson.OPT_UTC_Z)
-    return Response(body, status, {"Cache-Control": "private, no-cache", **(headers or {})}, "application/json")
 
 
 def as_id(text: str, missing: str = "payment_not_found") -> UUID:
@@ -74,7 +52,11 @@ async def payment_missing(reads: Reads, caller: Principal, payment_id: UUID) -> 
     return Problem("payment_not_found")
 
 
-@router.get("/payments", response_model=None, responses={200: {"model": Page}, **documented("unauthorized", "validation_failed", "unavailable")})
+@router.get(
+    "/payments",
+    response_model=None,
+    responses={200: described(Page, PAGE_EXAMPLE), **documented("unauthorized", "validation_failed", "unavailable")},
+)
 async def payments(
     request: Request, caller: Caller, given: Given, order_id: OrderFilter = None, limit: Limit = 20, cursor: Cursor = None
 ) -> Response:
@@ -85,7 +67,10 @@ async def payments(
 @router.get(
     "/payments/order/{order_id}",
     response_model=None,
-    responses={200: {"model": Page}, **documented("unauthorized", "order_not_found", "validation_failed", "unavailable")},
+    responses={
+        200: described(Page, PAGE_EXAMPLE),
+        **documented("unauthorized", "order_not_found", "validation_failed", "unavailable"),
+    },
 )
 async def payments_of_order(order_id: str, request: Request, caller: Caller, given: Given, limit: Limit = 20, cursor: Cursor = None) -> Response:
     """The payments of one order, newest first."""
@@ -98,7 +83,7 @@ async def payments_of_order(order_id: str, request: Request, caller: Caller, giv
 @router.get(
     "/payments/transaction/{transaction_id}",
     response_model=None,
-    responses={200: {"model": PaymentView}, **documented("unauthorized", "payment_not_found", "unavailable")},
+    responses={200: described(PaymentView, PAYMENT_EXAMPLE), **documented("unauthorized", "payment_not_found", "unavailable")},
 )
 async def payment_of_transaction(transaction_id: str, caller: Caller, given: Given) -> Response:
     """The payment that the gateway knows by this charge or capture id."""
@@ -111,7 +96,10 @@ async def payment_of_transaction(transaction_id: str, caller: Caller, given: Giv
 @router.get(
     "/payments/{payment_id}/events",
     response_model=None,
-    responses={200: {"model": Timeline}, **documented("unauthorized", "payment_not_found", "payment_refused", "unavailable")},
+    responses={
+        200: described(Timeline, TIMELINE_EXAMPLE),
+        **documented("unauthorized", "payment_not_found", "payment_refused", "unavailable"),
+    },
 )
 async def timeline(payment_id: str, caller: Caller, given: Given) -> Response:
     """What happened to the payment, oldest first, and where each event is on Kafka once it is there."""
@@ -125,7 +113,7 @@ async def timeline(payment_id: str, caller: Caller, given: Given) -> Response:
     "/payments/{payment_id}",
     response_model=None,
     responses={
-        200: {"model": PaymentView},
+        200: described(PaymentView, PAYMENT_EXAMPLE),
         304: {"description": "It is as `If-None-Match` has it"},
         **documented("unauthorized", "payment_not_found", "payment_refused", "unavailable"),
     },

@@ -15,10 +15,10 @@ from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from api.answers import document
 from api.deps import Given, TheDoctor
 from api.errors import PROBLEM_PATH, PROBLEMS, Problem
 from api.health import Health
-from api.routes.payments import document
 from schemas import topics
 
 router = APIRouter(tags=["service"])

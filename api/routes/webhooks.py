@@ -14,10 +14,10 @@ from fastapi import APIRouter, Request
 from prometheus_client import Counter
 from starlette.responses import Response
 
+from api.answers import PREFIX
 from api.bodies import read_body
 from api.deps import Deps, Given
 from api.errors import Problem, documented
-from api.routes.payments import PREFIX
 from infra.gateways.port import BadSignature, Gateway, Webhook
 from producers.producer import Record
 from schemas.codec import headers

@@ -6,7 +6,7 @@ Rule: seen (inbox or version), parked and consumed are all decided under the ord
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Protocol
 
@@ -84,6 +84,10 @@ class Parking(Protocol):
 
     async def resume(self, group: Group, actor: str) -> bool:
         """Let the group run again, noted in `audit_log`. False if it was not halted."""
+        ...
+
+    async def forget(self, before: datetime) -> int:
+        """Forget messages that were handled before then: no topic and no dead letter can bring them again. Returns how many."""
         ...
 
     async def parked_counts(self) -> dict[tuple[str, str], int]:

@@ -158,6 +158,11 @@ class PostgresParking:
             )
         return True
 
+    async def forget(self, before: datetime) -> int:
+        """Forget messages that were handled before then: no topic and no dead letter can bring them again. Returns how many."""
+        async with connection(self._pool) as conn:
+            return (await conn.execute("DELETE FROM inbox WHERE at < %s", (before,))).rowcount
+
     async def parked_counts(self) -> dict[tuple[str, str], int]:
         async with connection(self._pool) as conn:
             cursor = await conn.execute("SELECT group_name, disposition, count(*) FROM parked_messages GROUP BY 1, 2")

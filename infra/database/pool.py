@@ -5,6 +5,7 @@ Rule: what a retry can cure (no connection, a restart, a deadlock) is Unavailabl
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -17,7 +18,6 @@ from infra.settings import Database
 from schemas.errors import Unavailable
 
 Connection = psycopg.AsyncConnection[TupleRow]
-Pool = AsyncConnectionPool[Connection]
 
 _CONNECT: dict[str, Any] = {
     "connect_timeout": 5,
@@ -26,10 +26,25 @@ _CONNECT: dict[str, Any] = {
 }
 
 
+class Pool(AsyncConnectionPool[Connection]):
+    """When one connection turns out to be broken, so may all idle ones be: they are looked at then, or each would fail somebody after a restart."""
+
+    _looking: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def connection(self, timeout: float | None = None) -> AsyncIterator[Connection]:
+        async with super().connection(timeout) as conn:
+            try:
+                yield conn
+            finally:
+                if conn.broken and (self._looking is None or self._looking.done()):
+                    self._looking = asyncio.create_task(self.check())
+
+
 @asynccontextmanager
 async def opened_pool(settings: Database, name: str) -> AsyncIterator[Pool]:
     """A pool of autocommit connections, opened without waiting for the server: a process starts, and is not ready, while Postgres is away."""
-    pool: Pool = AsyncConnectionPool(
+    pool = Pool(
         settings.url.get_secret_value(),
         min_size=1,
         max_size=settings.pool_size,

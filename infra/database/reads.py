@@ -196,11 +196,11 @@ _NOT_OPENED_YET: Final = select(
 )
 
 
-def _payments_where(of_opened: ColumnElement[bool], of_others: ColumnElement[bool]) -> Select[Any]:
-    return select(union_all(_OPENED.where(of_opened), _NOT_OPENED_YET.where(of_others)).subquery("found"))
-
-
-_BY_ID: Final = _payments_where(payments.c.payment_id == bindparam("payment_id"), commands.c.command_id == bindparam("payment_id"))
+_BY_ID: Final = select(
+    union_all(
+        _OPENED.where(payments.c.payment_id == bindparam("payment_id")), _NOT_OPENED_YET.where(commands.c.command_id == bindparam("payment_id"))
+    ).subquery("found")
+)
 _BY_TRANSACTION: Final = _OPENED.where(payments.c.transaction_id == bindparam("transaction_id")).limit(1)
 _TIMELINE: Final = (
     select(events).where(events.c.stream == "payment", events.c.entity_id == bindparam("payment_id")).order_by(events.c.version).limit(1000)
@@ -210,8 +210,8 @@ _COMMAND: Final = select(commands).where(commands.c.command_id == bindparam("com
 
 @cache
 def _page(*, by_user: bool, by_order: bool, behind: bool) -> Select[Any]:
-    opened: list[ColumnElement[bool]] = [true()]
-    others: list[ColumnElement[bool]] = [true()]
+    opened: list[ColumnElement[bool]] = []
+    others: list[ColumnElement[bool]] = []
     if by_user:
         opened.append(payments.c.user_id == bindparam("user_id"))
         others.append(commands.c.principal == bindparam("user_id"))
@@ -222,9 +222,11 @@ def _page(*, by_user: bool, by_order: bool, behind: bool) -> Select[Any]:
         place = tuple_(bindparam("created_at", type_=payments.c.created_at.type), bindparam("payment_id", type_=payments.c.payment_id.type))
         opened.append(tuple_(payments.c.created_at, payments.c.payment_id) < place)
         others.append(tuple_(commands.c.accepted_at, commands.c.payment_id) < place)
-    statement = _payments_where(and_(*opened), and_(*others))
-    found = statement.selected_columns
-    return statement.order_by(found.created_at.desc(), found.payment_id.desc()).limit(bindparam("limit"))
+    # Each of the two is cut before they are put together: a page never costs more than two pages.
+    first = _OPENED.where(*opened).order_by(payments.c.created_at.desc(), payments.c.payment_id.desc()).limit(bindparam("limit"))
+    second = _NOT_OPENED_YET.where(*others).order_by(commands.c.accepted_at.desc(), commands.c.payment_id.desc()).limit(bindparam("limit"))
+    found = union_all(first, second).subquery("found")
+    return select(found).order_by(found.c.created_at.desc(), found.c.payment_id.desc()).limit(bindparam("limit"))
 
 
 _paid, _tried = analytics_payments.c, analytics_attempts.c

@@ -37,6 +37,13 @@ class Service:
     url: Callable[[Home], str]
     ours: bool = False
 
+    def healthy(self, home: Home) -> bool:
+        """Ask once."""
+        try:
+            return self.answers(home)
+        except Exception:  # whatever the drivers raise when nobody answers, or not as they should
+            return False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:

@@ -73,7 +73,7 @@ class Stack:
             except BaseException:
                 self.stop()
                 raise
-        except OSError as error:
+        except PermissionError as error:
             raise StackError(f"{error.strerror}: {error.filename or self.home.path}. Does the folder belong to another user?") from error
 
     def stop(self) -> bool:
@@ -109,7 +109,7 @@ class Stack:
                 name=service.name,
                 pid=process.pid if process else None,
                 url=service.url(self.home),
-                healthy=process is not None and service.answers(self.home),
+                healthy=process is not None and service.healthy(self.home),
                 log=self.home.log(service.name),
                 restarts=record.restarts,
             )

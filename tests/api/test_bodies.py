@@ -190,8 +190,8 @@ def problem_with(model: type[Body], body: bytes) -> Problem | None:
 def test_an_odd_body_is_taken_or_told_what_is_wrong(model: type[Body], document: Any) -> None:
     problem = problem_with(model, json.dumps(document).encode())
     if problem is not None and problem.kind != "card_number":
-        assert problem.kind == "validation_failed" or "\\ud" in json.dumps(document)
-        assert problem.errors or problem.kind == "malformed_json"
+        assert problem.kind == "validation_failed"
+        assert problem.errors
         assert not any(find_card_number(error.field) for error in problem.errors)
 
 

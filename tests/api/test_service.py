@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from pydantic import TypeAdapter
 
+from api.answers import COMMAND_EXAMPLE, PAGE_EXAMPLE, SUMMARY_EXAMPLE, TAKEN_EXAMPLE, TIMELINE_EXAMPLE, Page, Taken, Timeline
+from infra.database.reads import CommandView, Summary
 from tests.api.world import BODY, World
 
 pytestmark = pytest.mark.integration
@@ -84,6 +88,21 @@ async def test_a_command_is_logged_with_its_ids(world: World) -> None:
     for told in ("order-1", answer.json()["payment_id"], answer.headers["x-request-id"]):
         assert told in line
     assert "pm_card_visa" not in line
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (Taken, TAKEN_EXAMPLE),
+        (Page, PAGE_EXAMPLE),
+        (Timeline, TIMELINE_EXAMPLE),
+        (CommandView, COMMAND_EXAMPLE),
+        (Summary, SUMMARY_EXAMPLE),
+    ],
+)
+def test_an_example_has_the_shape_that_it_is_an_example_of(model: type[Any], example: Any) -> None:
+    shape = TypeAdapter(model)
+    assert shape.dump_python(shape.validate_python(example), mode="json") == example
 
 
 async def test_the_documentation_tells_all(world: World) -> None:

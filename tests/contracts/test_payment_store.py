@@ -9,17 +9,20 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
 
 from infra.clock import SetClock
-from infra.database.delivery import Received
+from infra.database.delivery import Disposition, Fault, Group, Received
 from infra.database.memory import MemoryPaymentStore
+from infra.database.parking import PostgresParking
 from infra.database.payments import PaymentStore, PostgresPaymentStore
 from infra.database.pool import Pool, connection, opened_pool
-from infra.settings import Settings
+from infra.settings import Database, Settings
 from processors.payments.machine import fold
 from schemas.codec import Codec
 from schemas.decisions import Decision, Refusal
+from schemas.errors import Unavailable
 from schemas.messages import derived_id
 from schemas.observations import Created
 from schemas.state import AttemptStatus, Payment, PaymentStatus
@@ -245,9 +248,6 @@ class TestOnPostgres:
         assert charges == [("charge", "ch_1", 1000, 0, 1000)]
 
     async def test_what_follows_a_parked_message_is_parked_behind_it(self, store: PaymentStore, pool: Pool) -> None:
-        from infra.database.delivery import Disposition, Fault, Group
-        from infra.database.parking import PostgresParking
-
         parking = PostgresParking(pool, SetClock(NOW))
         fault = Fault(disposition=Disposition.POISON, error_class="Rejected", message="not Avro")
         for _ in range(2):
@@ -267,9 +267,6 @@ class TestOnPostgres:
         assert await parking.parked_counts() == {("payments", "poison"): 1, ("payments", "blocked"): 1}
 
     async def test_a_parked_webhook_blocks_nothing(self, store: PaymentStore, pool: Pool) -> None:
-        from infra.database.delivery import Disposition, Fault, Group
-        from infra.database.parking import PostgresParking
-
         fault = Fault(disposition=Disposition.BUG, error_class="KeyError", message="x", stack="…")
         webhook = replace(RECEIVED, topic="payment-webhook-received")
         await PostgresParking(pool, SetClock(NOW)).park(Group.PAYMENTS, webhook, derived_id("w"), fault)
@@ -278,10 +275,17 @@ class TestOnPostgres:
         async with opened(store, derived_id("w")) as tx:
             assert tx.settled
 
-    async def test_many_bugs_halt_the_group_until_it_is_resumed(self, store: PaymentStore, pool: Pool) -> None:
-        from infra.database.delivery import Disposition, Fault, Group
-        from infra.database.parking import PostgresParking
+    async def test_what_was_handled_long_ago_is_forgotten(self, store: PaymentStore, pool: Pool) -> None:
+        await go(store, "initiate")
+        async with opened(store) as tx:
+            await tx.begin(tx.payment, Decision(), consumed=True)
+        parking = PostgresParking(pool, SetClock(NOW))
+        assert await parking.forget(NOW) == 0
+        assert await parking.forget(NOW + timedelta(seconds=1)) == 1
+        async with opened(store) as tx:
+            assert not tx.settled
 
+    async def test_many_bugs_halt_the_group_until_it_is_resumed(self, store: PaymentStore, pool: Pool) -> None:
         clock = SetClock(NOW)
         parking = PostgresParking(pool, clock)
         fault = Fault(disposition=Disposition.BUG, error_class="KeyError", message="x")
@@ -298,8 +302,6 @@ class TestOnPostgres:
         assert await self.rows(pool, "SELECT actor, action, subject FROM audit_log") == [("alice", "resume", "payments")]
 
     async def test_a_second_open_attempt_or_payment_is_refused_by_the_database(self, store: PaymentStore, pool: Pool) -> None:
-        import psycopg
-
         await go(store, "initiate and confirm")
         payment, decision = step(None, "initiate and confirm")
         assert payment is not None
@@ -313,9 +315,6 @@ class TestOnPostgres:
                 await tx.begin(tx.payment, Decision(attempts=(second,)), consumed=True)
 
     async def test_the_database_gone_is_unavailable(self, database: Settings) -> None:
-        from infra.settings import Database
-        from schemas.errors import Unavailable
-
         async with opened_pool(Database(url="postgresql://nobody@127.0.0.1:1/none"), "test") as nowhere:
             lost = PostgresPaymentStore(nowhere, Codec.unregistered(), destinations, SetClock(NOW))
             with pytest.raises(Unavailable, match="Postgres"):

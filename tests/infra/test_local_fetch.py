@@ -15,7 +15,11 @@ import pytest
 from infra.local import fetch
 from infra.local.process import StackError
 
-pytestmark = pytest.mark.unit
+pytestmark = [
+    pytest.mark.unit,
+    # jgo leaves the connection of a download that failed to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 JAR = b"a jar"
 JAR_PATH = "org/example/broker/1.0/broker-1.0.jar"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from infra.local.stack import Stack
 from infra.settings import Settings
 from tests.integration.machinery import Machinery, quick
+from tests.integration.pipeline import Pipeline, Shop, Topics, opened_pipeline, opened_shop, topics_after
 
 
 @pytest.fixture
@@ -17,3 +20,22 @@ def machinery(database: Settings, tmp_path: Path) -> Iterator[Machinery]:
     machinery = Machinery(quick(database), tmp_path)
     yield machinery
     machinery.close()
+
+
+@pytest.fixture(scope="module")
+def pipeline(stack: Stack, template_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """All parts of the product, running; the tests of one module share them."""
+    with opened_pipeline(stack, template_database, tmp_path_factory.mktemp("pipeline")) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
+async def shop(pipeline: Pipeline) -> AsyncIterator[Shop]:
+    async with opened_shop(pipeline) as shop:
+        yield shop
+
+
+@pytest.fixture(scope="module")
+def topics(pipeline: Pipeline) -> Topics:
+    """Where the events of 60 payments of every kind can be read, in values that need no code of ours."""
+    return asyncio.run(topics_after(pipeline, payments=60))

@@ -36,7 +36,7 @@ from schemas.messages import ResolveAttempt, derived_id
 from tests.conftest import free_port
 from tests.processors.echo_worker import CREATE
 
-COMMANDS, WEBHOOKS = TOPICS
+COMMANDS = TOPICS[0]
 PARTITIONS = 3
 CODEC = Codec.unregistered()
 

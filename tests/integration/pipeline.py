@@ -7,6 +7,7 @@ can see (what is parked), and broken where a test wants it broken.
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 import urllib.request
@@ -25,11 +26,15 @@ from psycopg import sql
 from pydantic import SecretStr
 
 from api.auth import Tokens
+from api.cli.demo.evidence import gathered, starting_line
+from api.cli.demo.promises import COMMANDS, Evidence
+from api.cli.demo.traffic import Storefront, planned
 from infra.local.client import Answer, Bank, Caller, opened_session
 from infra.local.process import Program, paystream
 from infra.local.stack import Stack
 from infra.schema_registry import load_codec, register
 from infra.settings import Settings, Stripe
+from producers.producer import KafkaProducer, Record
 from schemas.codec import Codec
 from schemas.errors import Rejected
 from schemas.messages import Message, PaymentEvent, leaves
@@ -165,7 +170,7 @@ class Shop:
     def __init__(self, pipeline: Pipeline, session: aiohttp.ClientSession, user: str = "shop") -> None:
         self.pipeline, self.session = pipeline, session
         self.caller = pipeline.caller(session, user)
-        self._user = user
+        self.user = user
         self.bank = Bank(session, pipeline.sandbox.url)
 
     # ── Asking ──
@@ -183,7 +188,7 @@ class Shop:
 
     async def pay_once(self, order_id: str, *, key: str) -> tuple[int, dict[str, Any], Mapping[str, str]]:
         """The same, without asking again when the answer is "later": its status, body and headers."""
-        headers = {"Authorization": f"Bearer {self.pipeline.token(self._user)}", "Idempotency-Key": key}
+        headers = {"Authorization": f"Bearer {self.pipeline.token(self.user)}", "Idempotency-Key": key}
         url = f"{self.pipeline.api.url}/api/v1/payments/process"
         async with self.session.post(url, headers=headers, json=self.purchase(order_id, payment_method="pm_card_visa")) as answer:
             return answer.status, await answer.json(content_type=None), answer.headers
@@ -258,3 +263,52 @@ class Shop:
 async def opened_shop(pipeline: Pipeline, user: str = "shop") -> AsyncIterator[Shop]:
     async with opened_session() as session:
         yield Shop(pipeline, session, user)
+
+
+# ── Orders of every kind ──
+
+
+async def trade(shop: Shop, payments: int) -> Callable[[], Awaitable[Evidence]]:
+    """Have so many orders of every kind lived through, and one that meets poison. What is returned gathers the evidence, once all is at rest."""
+    settings, codec = shop.pipeline.settings, shop.pipeline.codec
+    chance = random.Random(7)
+    journeys = planned(payments, 1, f"trade-{secrets.token_hex(3)}", chance)
+    starts = await asyncio.to_thread(starting_line, settings)
+    producer = KafkaProducer(settings)
+    await producer.start()
+
+    async def publish_raw(order_id: str, value: bytes) -> None:
+        await producer.send(Record(topic=COMMANDS, key=order_id.encode(), value=value))
+
+    try:
+        for kind in ("webhook_twice", "webhook_out_of_order"):
+            await shop.bank.order_fault(kind, probability=0.15)
+        async for _ in Storefront(shop.caller, shop.bank, chance, publish_raw).play(journeys, at_once=20):
+            pass
+    finally:
+        await shop.bank.drop_faults()
+        await producer.close()
+    return lambda: gathered(settings, codec, shop.caller, shop.bank, shop.user, journeys, starts, lambda _: None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topics:
+    """What another team is told: where the brokers and the registry are, and the prefix of topics. And what its readers are checked against."""
+
+    bootstrap_servers: str
+    registry: str
+    prefix: str
+    payments: dict[str, dict[str, Any]]
+    """Each payment as the API shows it."""
+
+
+async def topics_after(pipeline: Pipeline, payments: int) -> Topics:
+    async with opened_shop(pipeline) as shop:
+        gather = await trade(shop, payments)
+        evidence = await gather()
+    return Topics(
+        bootstrap_servers=pipeline.settings.kafka.bootstrap_servers,
+        registry=pipeline.settings.schema_registry.url,
+        prefix=pipeline.settings.prefix,
+        payments=evidence.payments,
+    )

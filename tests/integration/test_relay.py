@@ -46,7 +46,8 @@ async def opened_store(settings: Settings) -> AsyncIterator[OutboxStore]:
 async def relay_running(settings: Settings, **options: Any) -> AsyncIterator[OutboxRelay]:
     """A relay in this process, cancelled at the end."""
     async with opened_store(settings) as store:
-        relay = OutboxRelay(store, OutboxTransactions(settings, lambda: CODEC, SystemClock(), **options), settings.relay)
+        transactions = OutboxTransactions(settings, options.pop("codec", lambda: CODEC), SystemClock(), **options)
+        relay = OutboxRelay(store, transactions, settings.relay)
         running = asyncio.create_task(relay.run())
         try:
             yield relay
@@ -204,6 +205,44 @@ async def test_a_row_without_a_topic_is_named(installation: Settings) -> None:
         await is_true(lambda: "names no topic" in (relay.why_not_ready() or ""))
 
 
+# ── When it ends, when it begins ──
+
+
+async def test_a_batch_is_finished_before_it_ends(installation: Settings) -> None:
+    writer = OutboxWriter(CODEC)
+    async with await connected(installation) as conn, opened_store(installation) as store:
+        await writer.append(conn, "o1", 2)
+        transactions = OutboxTransactions(installation, lambda: CODEC, SystemClock(), opened=HeldProducer)
+        async with next_commit_held() as held:
+            running = asyncio.create_task(OutboxRelay(store, transactions, installation.relay).run())
+            await is_true(held.is_set)
+            running.cancel()
+            assert not (await asyncio.wait([running], timeout=0.1))[0]
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert await unpublished_count(conn) == 0
+    await assert_exactly_once(installation, writer)
+
+
+async def test_it_waits_for_the_registry(installation: Settings) -> None:
+    writer = OutboxWriter(CODEC)
+    asked = 0
+
+    def codec_at_the_third_time() -> Codec:
+        nonlocal asked
+        asked += 1
+        if asked < 3:
+            raise Unavailable("the schema registry")
+        return CODEC
+
+    async with relay_running(installation, codec=codec_at_the_third_time) as relay, await connected(installation) as conn:
+        await is_true(lambda: "schema registry" in (relay.why_not_ready() or ""))
+        await writer.append(conn, "o1", 2)
+        await all_published(installation)
+        assert relay.why_not_ready() is None
+    await assert_exactly_once(installation, writer)
+
+
 # ── When it breaks ──
 
 
@@ -266,6 +305,45 @@ async def test_a_commit_of_unknown_outcome(installation: Settings, error: KafkaE
         await writer.append(conn, "o1", 2)
         await all_published(installation)
         assert DoubtfulProducer.doubt is None
+    await assert_exactly_once(installation, writer)
+
+
+class NarrowProducer:
+    """Its transactions run out of time with more than twelve records."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._producer = confluent_kafka.Producer(config)
+        self._records = 0
+
+    def begin_transaction(self) -> None:
+        self._records = 0
+        self._producer.begin_transaction()
+
+    def produce(self, *place: Any, **record: Any) -> None:
+        self._records += 1
+        self._producer.produce(*place, **record)
+
+    def commit_transaction(self) -> None:
+        if self._records > 12:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+        self._producer.commit_transaction()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+
+def with_a_short_queue(config: dict[str, Any]) -> Any:
+    return confluent_kafka.Producer(config | {"queue.buffering.max.messages": 7})
+
+
+@pytest.mark.parametrize("opened", [NarrowProducer, with_a_short_queue])
+async def test_what_is_too_much_for_one_transaction_goes_in_several(installation: Settings, opened: Callable[[dict[str, Any]], Any]) -> None:
+    writer = OutboxWriter(CODEC)
+    async with await connected(installation) as conn:
+        await writer.append(conn, "o1", 20)
+        await writer.append(conn, "o2", 5)
+        async with relay_running(installation, opened=opened):
+            await all_published(installation)
     await assert_exactly_once(installation, writer)
 
 

@@ -7,7 +7,8 @@ from itertools import count
 import pytest
 from confluent_kafka import Producer
 
-from tests.integration.machinery import COMMANDS, PARTITIONS, TOPICS, WEBHOOKS, Machinery, until
+from processors.payments.agent import TOPICS
+from tests.integration.machinery import PARTITIONS, Machinery, until
 
 pytestmark = pytest.mark.integration
 
@@ -87,7 +88,7 @@ def test_both_topics_of_an_order_are_on_one_worker(machinery: Machinery, repaire
     all_handled(machinery, 60)
     rows = machinery.database.execute("SELECT DISTINCT partition, topic, worker FROM handled").fetchall()
     workers = {place: {worker for partition, _, worker in rows if partition == place} for place in range(PARTITIONS)}
-    assert {topic for _, topic, _ in rows} == {COMMANDS, WEBHOOKS}
+    assert {topic for _, topic, _ in rows} == set(TOPICS)
     assert {worker for _, _, worker in rows} == {"w1", "w2"}
     together = all(len(names) == 1 for names in workers.values())
     assert together == repaired

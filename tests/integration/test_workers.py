@@ -117,6 +117,7 @@ def test_a_stopped_worker_finishes_what_runs_and_leaves_what_is_queued(machinery
     machinery.worker("w2", "--latency", "0")
     until(lambda: not machinery.missing(), 10, "the next one has the rest")
     assert machinery.out_of_order() == []
+    assert machinery.twice() == 0
 
 
 def test_a_worker_stops_in_time_though_a_handler_does_not(machinery: Machinery) -> None:
@@ -201,6 +202,11 @@ def test_a_worker_that_meets_what_it_can_not_cope_with_ends_with_70(machinery: M
     assert worker.exit_code == 70
     assert machinery.parked() == []
     assert sum(machinery.committed().values()) <= 1, "the message was not acknowledged"
+
+
+def test_a_worker_does_not_go_on_without_one_of_its_services(machinery: Machinery) -> None:
+    worker = machinery.worker("w1", "--ends", "0.1", wait=False)
+    until(lambda: worker.exit_code == 70, 20, "ended")
 
 
 def test_lag_is_measured_and_a_worker_waits_for_kafka_topics(machinery: Machinery) -> None:

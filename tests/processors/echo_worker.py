@@ -9,6 +9,7 @@ import argparse
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from infra import settings as all_settings
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--slow", type=float, default=10.0, help="the same for orders that are called slow…; those that begin with bug raise")
     arguments.add_argument("--off", action="append", default=[])
     arguments.add_argument("--batch", type=int, default=0)
+    arguments.add_argument("--ends", type=float, help="seconds after which a service that should run for ever ends")
     arguments.add_argument("--quiet", action="store_true", help="write nothing down")
     return arguments
 
@@ -91,6 +93,7 @@ def compose(options: argparse.Namespace) -> Any:
                 topics=agent.TOPICS,
                 codec=Codec.unregistered(),
                 parking=PostgresParking(pool, SystemClock()),
+                services=[partial(asyncio.sleep, options.ends)] if options.ends else [],
                 handler=Batches(echo.handle_batch, options.batch) if options.batch else echo.handle,
             )
 
@@ -98,7 +101,7 @@ def compose(options: argparse.Namespace) -> Any:
 
 
 def _in_one_line(app: App) -> None:
-    @app.agent(app.topics_named(*agent.TOPICS), name="echo")
+    @app.agent(app.topics_named(*agent.TOPICS), name="echo")  # type: ignore[untyped-decorator]  # Faust has no types
     async def echo(stream: Any) -> None:
         async for event in stream.noack().events():
             await app.admit(event, "all")

@@ -255,7 +255,8 @@ def batches(world: World, handle: Callable[[Sequence[tuple[Received, Message]]],
 
 
 async def test_a_batch_is_handled_together() -> None:
-    world, seen = World(), []
+    world = World()
+    seen: list[list[int]] = []
 
     async def handle(batch: Sequence[tuple[Received, Message]]) -> None:
         seen.append([received.offset for received, _ in batch])
@@ -279,7 +280,8 @@ async def test_a_batch_waits_for_postgres_as_a_whole() -> None:
 
 
 async def test_of_a_batch_that_fails_only_who_failed_is_parked() -> None:
-    world, done = World(), []
+    world = World()
+    done: list[str | None] = []
 
     async def handle(batch: Sequence[tuple[Received, Message]]) -> None:
         if any(message.order_id == "order-bad" for _, message in batch):

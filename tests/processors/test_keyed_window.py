@@ -52,14 +52,18 @@ class Handler:
             self.gates[event.partition, event.offset].set()
 
 
+def none_escapes(error: BaseException) -> None:
+    raise AssertionError from error
+
+
 async def settle() -> None:
     """Let every task go as far as it can."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
-def window_of(handler: Handler, gate: Gate | None = None, **bounds: int) -> KeyedWindow[Event]:
-    return KeyedWindow(handler, gate=gate or Gate(), **({"slots": 1000, "span": 5000} | bounds), escaped=pytest.fail)
+def window_of(handler: Handler, gate: Gate | None = None, slots: int = 1000, span: int = 5000) -> KeyedWindow[Event]:
+    return KeyedWindow(handler, gate=gate or Gate(), slots=slots, span=span, escaped=none_escapes)
 
 
 def events(*keys: str | None, partition: int = 0) -> list[Event]:
@@ -165,7 +169,7 @@ async def test_what_has_queued_up_is_handled_together_when_the_handler_takes_bat
         batches.append([event.offset for event in batch])
         await go.wait()
 
-    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=1, span=100, batch=3, escaped=pytest.fail)
+    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=1, span=100, batch=3, escaped=none_escapes)
     messages = events(*["all"] * 8)
     await submit_all(window, messages)
     go.set()
@@ -295,7 +299,7 @@ async def test_an_escaped_exception_is_reported_and_never_acknowledged() -> None
 async def test_the_age_of_the_oldest_unfinished_message() -> None:
     now = 10.0
     handler = Handler()
-    window: KeyedWindow[Event] = KeyedWindow(handler, gate=Gate(), slots=9, span=9, monotonic=lambda: now, escaped=pytest.fail)
+    window: KeyedWindow[Event] = KeyedWindow(handler, gate=Gate(), slots=9, span=9, monotonic=lambda: now, escaped=none_escapes)
     a, b = events("a", "b")
     await submit_all(window, [a])
     now = 14.0
@@ -309,7 +313,7 @@ async def test_nothing_is_kept_of_what_is_finished() -> None:
     async def handle(_: Sequence[Event]) -> None:
         await asyncio.sleep(0)
 
-    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=50, span=500, escaped=pytest.fail)
+    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=50, span=500, escaped=none_escapes)
     for offset in range(3000):
         await window.submit(Event(f"key-{offset % 700}", offset, partition=offset % 3))
     async with asyncio.timeout(5):
@@ -346,7 +350,7 @@ async def test_any_interleaving_keeps_the_promises(messages: list[tuple[str | No
         running.remove(event)
         handled.append(event)
 
-    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=slots, span=span, escaped=pytest.fail)
+    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=slots, span=span, escaped=none_escapes)
     sent: list[Event] = []
     for offset, (key, partition) in enumerate(messages):
         event = Event(key, offset, partition, acked=acked)
@@ -379,7 +383,7 @@ async def test_draining_at_any_moment_acknowledges_nothing_that_was_not_handled(
             await asyncio.sleep(0)
         handled.update((event.partition, event.offset) for event in batch)
 
-    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=3, span=20, escaped=pytest.fail)
+    window: KeyedWindow[Event] = KeyedWindow(handle, gate=Gate(), slots=3, span=20, escaped=none_escapes)
     sent: list[Event] = []
     for offset, (key, partition) in enumerate(messages):
         if offset == after:
