@@ -1,4 +1,4 @@
-"""Every setting of every process, from flags, the environment, `.env` and defaults, in that order.
+"""Every setting of every process, from flags, the environment, `.env`, the local stack of this folder and defaults, in that order.
 
 Rule: names are `PAYSTREAM_` + path joined by `__` (`PAYSTREAM_STRIPE__API_KEY`); a `*_FILE` twin reads a secret from a file. The usual short names
 (`DATABASE_URL`, `KAFKA_BOOTSTRAP_SERVERS`, `SCHEMA_REGISTRY_URL`, `REDIS_URL`, `PORT`, `LOG_LEVEL`) are understood too, and yield to the long ones.
@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from schemas.errors import BadConfiguration
 
 PREFIX: Final = "PAYSTREAM_"
-LOCAL_DIR: Final = PREFIX + "LOCAL_DIR"
+_LOCAL_DIR: Final = PREFIX + "LOCAL_DIR"
 _SHORT_NAMES: Final = {
     "DATABASE_URL": "PAYSTREAM_DATABASE__URL",
     "KAFKA_BOOTSTRAP_SERVERS": "PAYSTREAM_KAFKA__BOOTSTRAP_SERVERS",
@@ -142,13 +142,18 @@ def every_setting(section: type[BaseModel] = Settings, prefix: str = PREFIX) -> 
             yield variable, field
 
 
+def local_stack() -> Path:
+    """The folder of the local stack. Once it has been up, `environment` in there says how to reach it."""
+    return Path(os.environ.get(_LOCAL_DIR) or ".paystream")
+
+
 def load(overrides: Mapping[str, Any] | None = None) -> Settings:
     """The settings of this process; `overrides` (flags) win.
 
     Raises BadConfiguration naming every bad setting, by its environment name, at once.
     """
     _spell_out_short_names()
-    files = (Path(os.environ.get(LOCAL_DIR, ".paystream")) / "environment", Path(".env"))
+    files = (local_stack() / "environment", Path(".env"))
     try:
         return Settings(_env_file=files, **(overrides or {}))
     except ValidationError as error:

@@ -16,10 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-# Before anything of ours is imported: what the shell says about Paystream must not reach the tests, and neither must a .env file.
+# Before anything of ours is imported: neither what the shell says about Paystream nor this folder's own stack may reach the tests.
 _GIVEN_STACK = os.environ.get("PAYSTREAM_TEST_STACK")
 for _name in [name for name in os.environ if name.startswith("PAYSTREAM_")]:
     del os.environ[_name]
+os.environ["PAYSTREAM_LOCAL_DIR"] = "/nonexistent/.paystream"
 
 import psycopg  # noqa: E402
 import pytest  # noqa: E402

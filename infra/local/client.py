@@ -23,7 +23,7 @@ _PATIENCE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer of the API; `headers` by their names in any case. `seconds`: how long the request took that brought it. `tries`: how many it needed."""
+    """One answer of the API; `headers` in any case. `seconds` is how long the request took that brought it, after `tries`."""
 
     status: int
     body: dict[str, Any]

@@ -43,12 +43,18 @@ def variables(settings: Settings) -> dict[str, str]:
     return _flat(PREFIX, settings.model_dump(exclude_unset=True))
 
 
+def publish(home: Home) -> None:
+    """Tell whatever is started by hand in this folder how to reach the stack: `infra/settings.py` reads this file."""
+    lines = [f"{name}='{value}'" for name, value in _flat(PREFIX, values(home)).items()]
+    home.write("environment", "\n".join(["# Written by `paystream up`. Holds secrets.", *lines, ""]), mode=0o600)
+
+
 def _flat(prefix: str, nested: Mapping[str, Any]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
             flat |= _flat(f"{prefix}{name.upper()}__", value)
-        elif isinstance(value, tuple):
+        elif isinstance(value, list | tuple):
             flat[prefix + name.upper()] = json.dumps([_bare(item) for item in value])
         elif value is not None:
             flat[prefix + name.upper()] = str(_bare(value))

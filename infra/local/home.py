@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import psutil
 
 from infra.local.process import Identity, StackError
-from infra.settings import PREFIX
+from infra.settings import PREFIX, local_stack
 
 PORTS: Final = (
     "kafka",
@@ -73,7 +73,7 @@ class Home:
 
     @classmethod
     def default(cls) -> Home:
-        return cls(Path(os.environ.get(PREFIX + "LOCAL_DIR", ".paystream")))
+        return cls(local_stack())
 
     def log(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
@@ -115,7 +115,7 @@ class Home:
             shutil.rmtree(link.resolve(), ignore_errors=True)
             if link.is_symlink():
                 link.unlink()
-        for name in ("secrets.json", "state.json"):
+        for name in ("secrets.json", "state.json", "environment"):
             (self.path / name).unlink(missing_ok=True)
 
     def lock(self) -> int | None:
@@ -185,11 +185,15 @@ class Home:
             raise StackError(f"{self.path / name} can't be read: `paystream down`, then `paystream up --fresh`") from None
         return content
 
-    def _write(self, name: str, content: dict[str, Any], mode: int = 0o644) -> None:
+    def write(self, name: str, content: str, mode: int = 0o644) -> None:
+        """Replace a file as a whole: whoever reads it sees the old one or the new one."""
         new = self.path / f".{name}.{os.getpid()}"
         with open(os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+            file.write(content)
         new.replace(self.path / name)
+
+    def _write(self, name: str, content: dict[str, Any], mode: int = 0o644) -> None:
+        self.write(name, json.dumps(content, indent=1), mode)
 
 
 def _new_secrets() -> dict[str, str]:

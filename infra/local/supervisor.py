@@ -20,6 +20,7 @@ from typing import Final
 
 import psutil
 
+from infra.local.environment import publish
 from infra.local.home import Condition, Home, Phase, Record, State
 from infra.local.process import Identity, Program
 from infra.local.services import Service, Step, selected
@@ -57,6 +58,7 @@ class Supervisor:
         self._write("starting")
         self._bring_up(self._parts)
         if not self.stopping:
+            publish(self._home)
             self._write("running")
         while not self.stopping:
             time.sleep(_POLL_S)

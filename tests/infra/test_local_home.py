@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.environment import settings, variables
+from infra.local.environment import publish, settings, variables
 from infra.local.home import PORTS, Home, Record, State
 from infra.local.process import Identity, StackError
 from infra.settings import load
@@ -142,6 +142,23 @@ def test_the_environment_gives_a_child_the_same_settings(home: Home, monkeypatch
     child = load()
     assert child.model_dump() == told.model_dump()
     assert child.stripe.webhook_secrets[0].get_secret_value() == "whsec_1"
+
+
+def test_what_is_started_by_hand_joins_the_stack_of_its_folder_and_is_told_otherwise_by_env_files_and_the_environment(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.prepare()
+    home.keep_secret("webhook_secret", "whsec_1")
+    publish(home)
+    assert stat.S_IMODE((home.path / "environment").stat().st_mode) == 0o600
+    monkeypatch.setenv("PAYSTREAM_LOCAL_DIR", str(home.path))
+    monkeypatch.chdir(home.path)
+    assert load().model_dump() == settings(home).model_dump()
+
+    (home.path / ".env").write_text("PAYSTREAM_KAFKA__BOOTSTRAP_SERVERS=elsewhere:9092\nPAYSTREAM_API__PORT=1\n")
+    monkeypatch.setenv("PAYSTREAM_API__PORT", "2")
+    told = load()
+    assert (told.kafka.bootstrap_servers, told.api.port) == ("elsewhere:9092", 2)
 
 
 def test_real_test_keys_take_the_place_of_the_sandbox(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
