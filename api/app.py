@@ -115,7 +115,7 @@ async def opened_deps(settings: Settings) -> AsyncIterator[Deps]:
         producer = KafkaProducer(settings)
         await producer.start()
         opened.push_async_callback(producer.close)
-        line = redis.connect(settings.redis)
+        line = redis.Line(settings.redis)
         outcomes = redis.Outcomes(line, settings.prefix)
         opened.push_async_callback(outcomes.aclose)
         gateways = await opened.enter_async_context(opened_gateways(settings))

@@ -38,16 +38,12 @@ _AWAY: Final = (RedisError, OSError, TimeoutError)
 Word = str | bytes | int
 
 
-def connect(settings: RedisSettings) -> Line:
-    """Connects when first used."""
-    return Line(settings)
-
-
 class Line:
     """One connection for a process: questions are written as they come, and answered in that order.
 
     redis-py's own client takes a connection out of a pool for each command, which costs three times the CPU. What is not answered in a quarter of a
     second is answered by None, and for a second nothing more is asked, so that a Redis that hangs costs one request its patience and not each.
+    It connects when it is first used.
     """
 
     def __init__(self, settings: RedisSettings) -> None:
@@ -88,8 +84,13 @@ class Line:
             with suppress(asyncio.CancelledError):
                 await self._reader
 
+    @property
+    def rests(self) -> bool:
+        """Is nothing asked just now, because Redis did not answer a moment ago?"""
+        return time.monotonic() < self._rests_until
+
     async def _patiently(self, question: Callable[[], Awaitable[Any]]) -> Any:
-        if time.monotonic() < self._rests_until:
+        if self.rests:
             return None
         try:
             async with asyncio.timeout(_ANSWER_WITHIN_S):
@@ -170,9 +171,12 @@ class ClaimState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
+    """`known`: Redis was asked, so it may hold the key for this claim, whether it answered or not."""
+
     key: str
     token: str
     state: ClaimState
+    known: bool
 
 
 class Claims:
@@ -181,18 +185,34 @@ class Claims:
     def __init__(self, line: Line, prefix: str) -> None:
         self._line = line
         self._prefix = f"{prefix}command:"
+        self._late: set[asyncio.Task[None]] = set()
 
     async def claim(self, key: str) -> Claim:
         """Ask for `key`. A claim that is MINE is given back with `give_back`."""
-        name, token = self._prefix + key, secrets.token_hex(8)
+        name, token, known = self._prefix + key, secrets.token_hex(8), not self._line.rests
         held = await self._line.run(_CLAIM, name, token, CLAIM_S * 1000)
         state = ClaimState.MINE if held is None else ClaimState.DONE if held == _DONE else ClaimState.BUSY
-        return Claim(name, token, state)
+        return Claim(name, token, state, known)
 
     async def give_back(self, claim: Claim, *, done: bool) -> None:
-        """Let others at it; `done`: they needn't do it again. Does nothing to a key that is somebody else's by now."""
-        if claim.state is ClaimState.MINE:
-            await self._line.run(_GIVE_BACK, claim.key, claim.token, _DONE if done else b"", REMEMBERED_S)
+        """Let others at it; `done`: they needn't do it again. Does nothing to a key that is somebody else's by now.
+
+        A Redis that does not answer is told later: until then it turns away whoever repeats the request.
+        """
+        if claim.state is ClaimState.MINE and claim.known and not await self._tell(claim, done):
+            telling = asyncio.create_task(self._tell_later(claim, done), name="claim")
+            self._late.add(telling)
+            telling.add_done_callback(self._late.discard)
+
+    async def _tell(self, claim: Claim, done: bool) -> bool:
+        return await self._line.run(_GIVE_BACK, claim.key, claim.token, _DONE if done else b"", REMEMBERED_S) is not None
+
+    async def _tell_later(self, claim: Claim, done: bool) -> None:
+        ends = time.monotonic() + CLAIM_S
+        while time.monotonic() < ends:
+            await asyncio.sleep(_REST_S)
+            if await self._tell(claim, done):
+                return
 
 
 # ── Announcements ──

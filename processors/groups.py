@@ -19,7 +19,7 @@ from infra.database.parking import PostgresParking
 from infra.database.payments import PostgresPaymentStore
 from infra.database.pool import opened_pool
 from infra.gateways.table import opened_gateways
-from infra.redis import Outcomes, connect
+from infra.redis import Line, Outcomes
 from infra.schema_registry import load_codec
 from infra.settings import Settings
 from processors.analytics import agent as analytics_agent
@@ -41,7 +41,7 @@ async def payments(settings: Settings) -> AsyncIterator[Work]:
     async with opened_pool(settings.database, settings.service) as pool, opened_gateways(settings) as gateways:
         store = PostgresPaymentStore(pool, codec, destinations, clock)
         parking = PostgresParking(pool, clock)
-        outcomes = Outcomes(connect(settings.redis), settings.prefix)
+        outcomes = Outcomes(Line(settings.redis), settings.prefix)
         deps = payments_handler.Deps(
             store=store,
             gateways=gateways,

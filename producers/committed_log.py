@@ -69,9 +69,18 @@ class CommittedLog:
 
     def bounds(self, topic: str, partition: int) -> tuple[int, int]:
         """The first offset that is still there, and the one after the last that is committed or aborted."""
+        place = TopicPartition(self._prefix + topic, partition)
+        deadline = time.monotonic() + _TIMEOUT_S
         with kafka_translated():
-            first, end = self._consumer.get_watermark_offsets(TopicPartition(self._prefix + topic, partition), timeout=_TIMEOUT_S)
-        return first, end
+            while True:
+                try:
+                    first, end = self._consumer.get_watermark_offsets(place, timeout=_TIMEOUT_S)
+                except KafkaException as error:
+                    if error.args[0].code() != KafkaError.NOT_LEADER_FOR_PARTITION or time.monotonic() > deadline:
+                        raise
+                    self._consumer.list_topics(place.topic, timeout=_TIMEOUT_S)  # look for its leader anew
+                else:
+                    return first, end
 
     def seek(self, topic: str, partition: int, start: int, end: int) -> None:
         """Read what is from `start` to before `end` next."""

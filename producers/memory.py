@@ -12,6 +12,8 @@ from infra.crash_points import at
 from producers.producer import Placed, Record
 from schemas.errors import Rejected, Unavailable
 
+_PARTITIONS: Final = 3
+_MAX_BYTES: Final = 1024 * 1024
 _MULTIPLIER: Final = 0x5BD1E995
 _SEED: Final = 0x9747B28C
 _32_BITS: Final = 0xFFFFFFFF
@@ -20,11 +22,9 @@ _32_BITS: Final = 0xFFFFFFFF
 class MemoryProducer:
     """`away = True` is Kafka away: nothing is written. `silent = True` is an acknowledgement that gets lost: the record is written."""
 
-    def __init__(self, partitions: int = 3, max_bytes: int = 1024 * 1024) -> None:
+    def __init__(self) -> None:
         self.away = False
         self.silent = False
-        self._partitions = partitions
-        self._max_bytes = max_bytes
         self._logs: defaultdict[tuple[str, int], list[Record]] = defaultdict(list)
         self._without_key = 0
 
@@ -32,7 +32,7 @@ class MemoryProducer:
         await at("producer.before_send")
         if self.away:
             raise Unavailable("Kafka", "away")
-        if len(record.value or b"") > self._max_bytes:
+        if len(record.value or b"") > _MAX_BYTES:
             raise Rejected("Kafka does not take it: too large")
         log = self._logs[record.topic, partition := self._partition_of(record.key)]
         log.append(record)
@@ -46,13 +46,13 @@ class MemoryProducer:
 
     def sent(self, topic: str) -> list[Record]:
         """What is on a topic: partition after partition, each in order."""
-        return [record for partition in range(self._partitions) for record in self._logs[topic, partition]]
+        return [record for partition in range(_PARTITIONS) for record in self._logs[topic, partition]]
 
     def _partition_of(self, key: bytes | None) -> int:
         if key is None:
             self._without_key += 1
-            return self._without_key % self._partitions
-        return (murmur2(key) & 0x7FFFFFFF) % self._partitions
+            return self._without_key % _PARTITIONS
+        return (murmur2(key) & 0x7FFFFFFF) % _PARTITIONS
 
 
 def murmur2(data: bytes) -> int:

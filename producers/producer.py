@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException
+from prometheus_client import Gauge
 
 from infra.crash_points import at
 from infra.kafka_admin import producer_config
@@ -30,6 +31,8 @@ _QUEUED_KIB: Final = 64 * 1024
 _POLL_S: Final = 0.2
 _HEALTH_S: Final = 2.0
 _TOO_LARGE: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE})
+
+_IN_FLIGHT = Gauge("paystream_producer_in_flight_records", "Records that no acknowledgement has come for yet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,7 @@ class KafkaProducer:
     async def start(self) -> None:
         """Connects in the background: a process starts, and is not ready, while Kafka is away."""
         self._client = _Client(self._config, asyncio.get_running_loop())
+        _IN_FLIGHT.set_function(lambda: self.in_flight)
 
     async def close(self) -> None:
         """Wait for what is under way, no longer than a send would."""

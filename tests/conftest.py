@@ -2,7 +2,7 @@
 
 Rule: tests share processes, never state. An installation has its own topic and Redis prefix, its own migrated database and its own Redis database.
 The stack is the embedded one. `PAYSTREAM_TEST_STACK=folder` takes one that is running (`paystream up` in that folder, or a test session's) and
-leaves it running, which makes the edit-test loop short.
+leaves it running, which makes the edit-test loop short. `PAYSTREAM_TEST_CONTAINERS=1` takes containers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 # Before anything of ours is imported: neither what the shell says about Paystream nor this folder's own stack may reach the tests.
 _GIVEN_STACK = os.environ.get("PAYSTREAM_TEST_STACK")
+_IN_CONTAINERS = os.environ.get("PAYSTREAM_TEST_CONTAINERS")
 for _name in [name for name in os.environ if name.startswith("PAYSTREAM_")]:
     del os.environ[_name]
 os.environ["PAYSTREAM_LOCAL_DIR"] = "/nonexistent/.paystream"
@@ -35,33 +37,44 @@ from infra.local import environment  # noqa: E402
 from infra.local.process import Program, paystream  # noqa: E402
 from infra.local.services import INFRASTRUCTURE  # noqa: E402
 from infra.local.stack import Stack  # noqa: E402
+from infra.schema_registry import register  # noqa: E402
 from infra.settings import Api, Database, Redis, Settings  # noqa: E402
+from tests.containers import containers  # noqa: E402
 
 StartProgram = Callable[..., Program]
 
 
+class Infrastructure(Protocol):
+    """What tests may ask of a stack, wherever it runs."""
+
+    def settings(self) -> Settings: ...
+
+
 @pytest.fixture(scope="session")
-def stack() -> Iterator[Stack]:
+def stack() -> Iterator[Infrastructure]:
     """Kafka, the schema registry, Postgres and Redis, running. On a leash: they end with this session, however that ends."""
     if _GIVEN_STACK:
         given = Stack(Path(_GIVEN_STACK))
         if not given.running:
             pytest.exit(f"PAYSTREAM_TEST_STACK={_GIVEN_STACK} names no running stack", returncode=1)
         yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="paystream-test-") as folder:
-        Path(folder).chmod(0o755)  # as root, Postgres runs as another user, which must be able to go there
-        own = Stack(Path(folder) / "stack")
-        own.start(only=INFRASTRUCTURE, leash=True)
-        try:
-            yield own
-        finally:
-            own.stop()
-            own.home.wipe()
+    elif _IN_CONTAINERS:
+        with containers({name: free_port() for name in ("KAFKA_PORT", "REGISTRY_PORT", "POSTGRES_PORT", "REDIS_PORT")}) as started:
+            yield started
+    else:
+        with tempfile.TemporaryDirectory(prefix="paystream-test-") as folder:
+            Path(folder).chmod(0o755)  # as root, Postgres runs as another user, which must be able to go there
+            own = Stack(Path(folder) / "stack")
+            own.start(only=INFRASTRUCTURE, leash=True)
+            try:
+                yield own
+            finally:
+                own.stop()
+                own.home.wipe()
 
 
 @pytest.fixture(scope="session")
-def template_database(stack: Stack) -> Iterator[str]:
+def template_database(stack: Infrastructure) -> Iterator[str]:
     """The name of a migrated database that each installation's is copied from, which takes 50 ms instead of a second."""
     name = f"template_{secrets.token_hex(4)}"
     address = stack.settings().database.url.get_secret_value()
@@ -72,14 +85,14 @@ def template_database(stack: Stack) -> Iterator[str]:
 
 
 @pytest.fixture
-def database(stack: Stack, template_database: str) -> Iterator[Settings]:
+def database(stack: Infrastructure, template_database: str) -> Iterator[Settings]:
     """Settings with a prefix, a migrated database and an empty Redis database of their own. No topics: for tests without Kafka."""
     with own_database(stack, template_database) as settings:
         yield settings
 
 
 @contextmanager
-def own_database(stack: Stack, template: str) -> Iterator[Settings]:
+def own_database(stack: Infrastructure, template: str) -> Iterator[Settings]:
     """What the fixture `database` gives, for as long as the block runs."""
     settings = stack.settings()
     token = f"t{secrets.token_hex(4)}"
@@ -98,9 +111,15 @@ def own_database(stack: Stack, template: str) -> Iterator[Settings]:
         _administer(address, sql.SQL("DROP DATABASE {} WITH (FORCE)").format(names[0]))
 
 
+@pytest.fixture(scope="session")
+def registered_schemas(stack: Infrastructure) -> None:
+    """All installations share the registry: schemas have no prefix."""
+    register(stack.settings())
+
+
 @pytest.fixture
-def installation(database: Settings) -> Iterator[Settings]:
-    """An installation with its topics, where every process of ours can run."""
+def installation(database: Settings, registered_schemas: None) -> Iterator[Settings]:
+    """An installation with its topics and schemas, where every process of ours can run."""
     with own_topics(database):
         yield database
 

@@ -24,7 +24,7 @@ def borrowed_stack(folder: Path | None, console: Console, *, keep: bool) -> Iter
         yield stack
         return
     try:
-        stack.start(progress=_told(console))
+        stack.start(leash=not keep, progress=_told(console))
         yield stack
     except BaseException:
         if not keep:

@@ -42,6 +42,8 @@ def sandbox(
     """Run the gateway sandbox until it is told to stop (SIGTERM, Ctrl-C).
 
     It plays Stripe: point PAYSTREAM_STRIPE__BASE_URL at it. What it really charged is at /ledger.
+
+    Example: paystream sandbox --port 12111 --latency 0.2..1.5
     """
     telemetry.configure(load({"service": "sandbox"}))
     conditions = Conditions(latency=latency, success_rate=success_rate, failure_reasons=failure_reasons)

@@ -16,7 +16,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from infra.local.stack import Stack, Standing
 
@@ -42,12 +42,11 @@ def up(
     """
     words = Console(stderr=True, highlight=False)
     stack = Stack(folder)
-    was_running = stack.running
     began = time.monotonic()
     with words.status("starting") if words.is_terminal else nullcontext():
         stack.start(fresh=fresh, leash=not detach, progress=lambda line: words.print(line, markup=False))
     words.print(f"the stack is up after {time.monotonic() - began:.1f} s: API at {stack.addresses()['api']}/docs")
-    if detach or was_running:
+    if not stack.on_leash:
         words.print(_table(stack.status()))
         words.print("paystream down stops it, paystream logs NAME shows a log")
         return
@@ -91,7 +90,8 @@ def status(
         ]
         print(json.dumps({"services": services, "settings": stack.addresses() if standings else {}}, indent=2))
     elif standings:
-        Console(highlight=False).print(_table(standings))
+        output = Console(highlight=False)
+        output.print(_table(standings), crop=output.is_terminal, soft_wrap=not output.is_terminal)
     else:
         typer.echo(f"there is no stack in {stack.home.path} yet: paystream up", err=True)
 
@@ -123,7 +123,7 @@ def _watch(stack: Stack, words: Console) -> None:
 
 
 def _table(standings: list[Standing]) -> Table:
-    table = Table("service", "", "pid", "address", "restarts", box=None, pad_edge=False)
+    table = Table("service", "", "pid", Column("address", no_wrap=True, overflow="ignore"), "restarts", box=None, pad_edge=False)
     for standing in standings:
         answers = "[green]healthy[/]" if standing.healthy else "[red]down[/]" if standing.pid is None else "[yellow]not ready[/]"
         table.add_row(standing.name, answers, str(standing.pid or ""), standing.url, str(standing.restarts or ""))

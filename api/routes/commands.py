@@ -150,7 +150,7 @@ async def intent(call: TheCall) -> Response:
     return await _open(call, INTENT, body, sent, payment_method=body.payment_method, confirm=body.confirm)
 
 
-@router.post("/payments/confirm", **_documented(ConfirmBody, "payment_not_found"))
+@router.post("/payments/confirm", **_documented(ConfirmBody, "payment_not_found", "payment_refused"))
 async def confirm(call: TheCall) -> Response:
     """Charge an open payment, or try a failed one again, perhaps with another method."""
     body, sent = await call.body(ConfirmBody)
@@ -158,14 +158,14 @@ async def confirm(call: TheCall) -> Response:
     return await _move(call, CONFIRM, ConfirmPayment, body.payment_id, fields, sent)
 
 
-@router.post("/payments/{payment_id}/capture", **_documented(CaptureBody, "payment_not_found", required=False))
+@router.post("/payments/{payment_id}/capture", **_documented(CaptureBody, "payment_not_found", "payment_refused", required=False))
 async def capture(payment_id: str, call: TheCall) -> Response:
     """Take what was authorised, in full or in part."""
     body, sent = await call.body(CaptureBody, may_be_empty=True)
     return await _move(call, CAPTURE, CapturePayment, as_id(payment_id), {"amount_minor": body.amount_minor}, sent)
 
 
-@router.post("/payments/{payment_id}/cancel", **_documented(CancelBody, "payment_not_found", required=False))
+@router.post("/payments/{payment_id}/cancel", **_documented(CancelBody, "payment_not_found", "payment_refused", required=False))
 async def cancel(payment_id: str, call: TheCall) -> Response:
     """Void a payment that has not been captured."""
     body, sent = await call.body(CancelBody, may_be_empty=True)

@@ -76,7 +76,7 @@ def database_url(home: Home, database: str) -> str:
 
 def real_gateway() -> bool:
     """Does somebody want the gateway's own test mode instead of the sandbox? Then all of its settings are theirs."""
-    return PREFIX + "STRIPE__API_KEY" in os.environ
+    return any(PREFIX + name in os.environ for name in ("STRIPE__API_KEY", "STRIPE__API_KEY_FILE"))
 
 
 def _gateway(home: Home) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class Stack:
         """Has it come up, and is it supervised? Single services may still be down: see `status`."""
         return self.home.supervised() and self.home.read_state().phase == "running"
 
+    @property
+    def on_leash(self) -> bool:
+        """Does the stack end with this process?"""
+        return self._supervisor is not None and self._supervisor.stdin is not None
+
     def status(self) -> list[Standing]:
         """Ask each service that belongs to this stack by its own protocol, all at once. Empty before the first start."""
         records = self.home.read_state().records

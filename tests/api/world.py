@@ -155,7 +155,7 @@ async def opened_world(database: Settings, stripe: Stripe = _STRIPE, **api: Any)
     async with AsyncExitStack() as opened:
         opened.enter_context(_logging_to(log, settings))
         codec, gateway, producer, down, clock = Codec.unregistered(), FakeGateway(), _Kafka(), set[str](), SystemClock()
-        line = redis.connect(settings.redis)
+        line = redis.Line(settings.redis)
         outcomes = redis.Outcomes(line, settings.prefix)
         opened.push_async_callback(outcomes.aclose)
         pool = await opened.enter_async_context(opened_pool(settings.database, "test"))

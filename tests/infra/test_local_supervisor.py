@@ -45,7 +45,7 @@ class Diary:
 
         return Service(name=name, after=frozenset(after), program=program, answers=lambda _: True, url=lambda _: "", ours=ours)
 
-    def step(self, name: str, run: Callable[[], None] = lambda: None, *, after: tuple[str, ...] = ()) -> Step:
+    def step(self, name: str, run: Callable[[], object] = lambda: None, *, after: tuple[str, ...] = ()) -> Step:
         def noted(_: Home) -> None:
             self.lines.append(f"+{name}")
             run()
@@ -99,7 +99,7 @@ def until(condition: Callable[[], bool], within_s: float = 20) -> None:
 
 
 def test_each_part_starts_when_those_before_it_are_ready_and_stops_before_them(home: Home, diary: Diary) -> None:
-    parts = [
+    parts: list[Service | Step] = [
         diary.service("worker", after=("database", "migrate"), ours=True),
         diary.step("migrate", after=("database",)),
         diary.service("database"),

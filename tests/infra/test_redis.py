@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.redis import CLAIM_S, Claims, ClaimState, Line, Outcomes, connect
+from infra.redis import CLAIM_S, Claims, ClaimState, Line, Outcomes
 from tests.own_redis import OwnRedis
 
 pytestmark = pytest.mark.integration
@@ -26,7 +26,7 @@ def server(tmp_path: Path) -> Iterator[OwnRedis]:
 
 @pytest.fixture
 async def line(server: OwnRedis) -> AsyncIterator[Line]:
-    opened = connect(server.settings)
+    opened = Line(server.settings)
     yield opened
     await opened.aclose()
 
@@ -34,7 +34,7 @@ async def line(server: OwnRedis) -> AsyncIterator[Line]:
 @pytest.fixture
 async def other_line(server: OwnRedis) -> AsyncIterator[Line]:
     """Another process's."""
-    opened = connect(server.settings)
+    opened = Line(server.settings)
     yield opened
     await opened.aclose()
 
@@ -96,6 +96,17 @@ async def test_scripts_are_loaded_again_when_redis_has_forgotten_them(line: Line
     server.forget_scripts()
     assert (await claims.claim(KEY)).state is ClaimState.MINE
     assert (await claims.claim(KEY)).state is ClaimState.BUSY
+
+
+async def test_a_claim_is_given_back_as_soon_as_redis_answers_again(line: Line, other_line: Line, server: OwnRedis) -> None:
+    mine, theirs = Claims(line, "p-"), Claims(other_line, "p-")
+    claim = await mine.claim(KEY)
+    server.hang()
+    await mine.give_back(claim, done=True)
+    server.go_on()
+    async with asyncio.timeout(CLAIM_S / 2):
+        while (await theirs.claim(KEY)).state is not ClaimState.DONE:
+            await asyncio.sleep(0.05)
 
 
 async def test_with_redis_away_everybody_gets_what_they_claim(line: Line, server: OwnRedis) -> None:

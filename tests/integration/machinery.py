@@ -114,9 +114,7 @@ class Machinery:
     def figure(self, worker: str, name: str) -> float:
         """The sum of a metric of a worker, over its labels."""
         (program,) = (program for program in self.programs if program.name == worker)
-        with urllib.request.urlopen(program.url + "/metrics", timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ")))
+        return figure(program, name)
 
     def restart_broker(self, stack: Stack) -> None:
         """Kill Kafka, and wait until the stack has brought it back."""
@@ -247,3 +245,10 @@ def get(program: Program, path: str) -> Any:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         return json.load(error)
+
+
+def figure(program: Program, name: str) -> float:
+    """The sum of a metric of a process, over its labels."""
+    with urllib.request.urlopen(program.url + "/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ")))

@@ -186,11 +186,10 @@ class Shop:
         """`POST /payments/process`"""
         return await self.post("/payments/process", self.purchase(order_id, payment_method=method, **more), wait_s=wait_s, key=key)
 
-    async def pay_once(self, order_id: str, *, key: str) -> tuple[int, dict[str, Any], Mapping[str, str]]:
-        """The same, without asking again when the answer is "later": its status, body and headers."""
+    async def post_once(self, path: str, body: dict[str, Any], *, key: str) -> tuple[int, dict[str, Any], Mapping[str, str]]:
+        """Ask without asking again when the answer is "later": its status, body and headers."""
         headers = {"Authorization": f"Bearer {self.pipeline.token(self.user)}", "Idempotency-Key": key}
-        url = f"{self.pipeline.api.url}/api/v1/payments/process"
-        async with self.session.post(url, headers=headers, json=self.purchase(order_id, payment_method="pm_card_visa")) as answer:
+        async with self.session.post(f"{self.pipeline.api.url}/api/v1{path}", headers=headers, json=body) as answer:
             return answer.status, await answer.json(content_type=None), answer.headers
 
     @staticmethod

@@ -253,7 +253,7 @@ async def test_postgres_may_go_away_and_come_back(shop: Shop) -> None:
     late, key = shop.order(), secrets.token_hex(8)
     with pipeline.without_postgres():
         for _ in range(2):  # the second one waits for a connection as long as it may
-            status, body, told = await shop.pay_once(late, key=key)
+            status, body, told = await shop.post_once("/payments/process", shop.purchase(late, payment_method="pm_card_visa"), key=key)
             assert (status, body["code"], body["retryable"]) == (503, "unavailable", True)
             assert int(told["Retry-After"]) >= 1
         for worker in pipeline.workers.values():

@@ -24,6 +24,7 @@ from infra.local.process import Identity, StackError
 from infra.local.services import INFRASTRUCTURE
 from infra.local.stack import Stack
 from infra.settings import Settings
+from tests.conftest import Infrastructure
 
 pytestmark = pytest.mark.integration
 
@@ -92,7 +93,7 @@ def test_brokers_create_no_topic_by_themselves(installation: Settings) -> None:
     assert missing not in client.list_topics(timeout=10).topics
 
 
-def test_stores_want_their_password(stack: Stack) -> None:
+def test_stores_want_their_password(stack: Infrastructure) -> None:
     with pytest.raises(psycopg.OperationalError, match="password"):
         psycopg.connect(stack.settings().database.url.get_secret_value().replace("paystream:", "paystream:not", 1))
     wrong = re.sub(r":[^:@]+@", ":wrong@", stack.settings().redis.url.get_secret_value())
@@ -240,11 +241,11 @@ def paystream(folder: Path) -> Iterator[Paystream]:
     Stack(folder).home.wipe()
 
 
-def test_a_port_that_is_taken_is_one_line_and_status_1(paystream: Paystream, stack: Stack, folder: Path) -> None:
-    port = stack.home.ports["kafka"]
-    failed = paystream("up", "--detach", PAYSTREAM_LOCAL_PORT_KAFKA=str(port))
+def test_a_port_that_is_taken_is_one_line_and_status_1(paystream: Paystream, stack: Infrastructure, folder: Path) -> None:
+    port = stack.settings().kafka.bootstrap_servers.rpartition(":")[2]
+    failed = paystream("up", "--detach", PAYSTREAM_LOCAL_PORT_KAFKA=port)
     assert failed.returncode == 1
-    assert failed.stderr.startswith(f"error: port {port} (PAYSTREAM_LOCAL_PORT_KAFKA) is taken by java (pid ")
+    assert failed.stderr.startswith(f"error: port {port} (PAYSTREAM_LOCAL_PORT_KAFKA) is taken")
     assert len(failed.stderr.splitlines()) == 1
     assert not Stack(folder).home.supervised()
 
@@ -276,6 +277,7 @@ def test_a_whole_stack_comes_up_restarts_a_worker_and_ends_with_ctrl_c(paystream
         assert worker["pid"] != services["worker-orders"]["pid"]
 
         assert paystream("logs", "api").stdout != ""
+        assert paystream("token", "--user", "u1").stdout.count(".") == 2  # signed with the stack's secret
         assert paystream("logs", "nobody").stderr.startswith("error: no service is called nobody: there are ")
 
         running = processes(Stack(folder))

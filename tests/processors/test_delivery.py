@@ -56,6 +56,9 @@ class ParkingInMemory:
     async def resume(self, group: Group, actor: str) -> bool:
         raise NotImplementedError
 
+    async def forget(self, before: datetime) -> int:
+        raise NotImplementedError
+
     async def parked_counts(self) -> dict[tuple[str, str], int]:
         return {(GROUP, fault.disposition): 1 for _, _, fault in self.parked}
 
