@@ -96,7 +96,7 @@ class Worker(Section):
 
 class Relay(Section):
     max_rows: int = Field(500, ge=1, le=5000, description="outbox rows in one Kafka transaction at most")
-    linger_ms: int = Field(20, ge=0, description="the least time between the beginnings of two batches under load")
+    linger_ms: int = Field(50, ge=0, description="the least time between the beginnings of two batches under load")
     transaction_timeout_ms: int = Field(10_000, ge=1000, description="after which the brokers end a transaction that was left open")
 
 

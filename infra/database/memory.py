@@ -14,7 +14,7 @@ from datetime import datetime
 
 from infra.clock import Clock
 from infra.database.delivery import Received
-from infra.database.payments import ENDED, HOLDS_NO_ORDER, GatewayObject, command_of
+from infra.database.payments import ENDED, HOLDS_NO_ORDER, GatewayObject, carried_out, command_of
 from schemas.decisions import Decision, Refusal, Timer
 from schemas.messages import Message, OrderEvent, PaymentEvent
 from schemas.observations import Created
@@ -117,9 +117,9 @@ class _MemoryTransaction:
         store.outbox.extend(decision.events)
         for timer_id in decision.dropped_timers:
             store.timers.pop(timer_id, None)
-        if consumed:
-            store.inbox.add(self._message_id)
-            store.decided.setdefault(self._message_id, decision.refusal)
+        for done in carried_out(self.payment, decision) | ({self._message_id} if consumed else set()):
+            store.inbox.add(done)
+            store.decided.setdefault(done, decision.refusal)
 
     def _keep(self, payment: Payment, decision: Decision, asked: bool) -> None:
         store = self._store

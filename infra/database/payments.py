@@ -39,6 +39,20 @@ class GatewayObject:
     attempt: int
 
 
+def carried_out(before: Payment | None, decision: Decision) -> set[str]:
+    """The commands whose operations end with this decision, whoever caused it.
+
+    After a crash a webhook may tell the outcome before the command comes again. The command must not be decided anew then: it would be refused, or
+    ask for another charge.
+    """
+    asked = {attempt.number: attempt.operation for attempt in before.attempts} if before else {}
+    return {
+        operation.command_id
+        for attempt in decision.attempts
+        if (operation := asked.get(attempt.number)) and (attempt.operation is None or attempt.operation.command_id != operation.command_id)
+    }
+
+
 class PaymentTransaction(Protocol):
     """One transaction under the order's lock. `settled`: handled before, or waiting behind its order's parked message."""
 
@@ -52,7 +66,7 @@ class PaymentTransaction(Protocol):
         ...
 
     async def record(self, payment: Payment, decision: Decision) -> None:
-        """Write what was observed; the message is consumed."""
+        """Write what was observed; the message is consumed, and so is the command whose operation has come to its end."""
         ...
 
     async def pass_on(self, message: Message) -> None:
@@ -125,10 +139,10 @@ _WRITE: Final = f"""
         ON CONFLICT (timer_id) DO UPDATE SET due_at = excluded.due_at, attempt = excluded.attempt, correlation_id = excluded.correlation_id),
     out_of_timers AS (DELETE FROM timers WHERE timer_id = ANY (%(dropped)s::uuid[])),
     into_inbox AS (
-        INSERT INTO inbox SELECT 'payments', %(message_id)s, %(now)s WHERE %(consumed)s ON CONFLICT DO NOTHING),
+        INSERT INTO inbox SELECT 'payments', done, %(now)s FROM unnest(%(done)s::uuid[]) AS done ON CONFLICT DO NOTHING),
     into_commands AS (
         UPDATE commands SET decided_at = %(now)s, outcome = %(outcome)s, refusal = %(refusal)s::jsonb
-        WHERE command_id = %(message_id)s AND decided_at IS NULL AND %(consumed)s)
+        WHERE command_id = ANY (%(done)s::uuid[]) AND decided_at IS NULL)
     SELECT CASE WHEN %(notify)s THEN {NOTIFY} END"""
 
 _REMEMBER: Final = """
@@ -235,8 +249,7 @@ class _PostgresTransaction:
             "timers": _json(self._timers(payment, decision) if payment else []),
             "dropped": list(decision.dropped_timers),
             "asked": asked,
-            "message_id": self._message_id,
-            "consumed": consumed,
+            "done": list(carried_out(self.payment, decision) | ({self._message_id} if consumed else set())),
             "outcome": "refused" if refusal else "applied",
             "refusal": _json(asdict(refusal)) if refusal else None,
             "notify": bool(decision.events),

@@ -451,8 +451,7 @@ def _voided(draft: _Draft, attempt: Attempt, seen: Voided) -> Decision:
         return _answered(payment, attempt, now)
     reason = (attempt.operation.reason if attempt.operation else None) or seen.reason or "voided_at_gateway"
     draft.say(PaymentCancelled, reason=reason)
-    ended = AttemptStatus.DECLINED if attempt.status is AttemptStatus.REQUIRES_ACTION else AttemptStatus.NOT_SENT
-    status = ended if ended in ATTEMPT_TRANSITIONS[attempt.status] else attempt.status
+    status = AttemptStatus.DECLINED if attempt.status is AttemptStatus.REQUIRES_ACTION else AttemptStatus.NOT_SENT
     return Decision(
         events=draft.facts, attempts=(_close(attempt, status, now),), dropped_timers=(_resolve_id(payment, attempt), *_no_longer_open(payment))
     )
@@ -553,9 +552,8 @@ def _close(attempt: Attempt, status: AttemptStatus, now: datetime) -> Attempt:
 
 
 def _step(attempt: Attempt, status: AttemptStatus) -> AttemptStatus:
-    if status is not attempt.status and status not in ATTEMPT_TRANSITIONS[attempt.status]:
-        raise IllegalTransition(f"an attempt that is {attempt.status} can't become {status}")
-    return status
+    """`status` where the attempt may become it, else the one that it has: what was seen is never refused."""
+    return status if status in ATTEMPT_TRANSITIONS[attempt.status] else attempt.status
 
 
 def _failed(draft: _Draft, attempt: Attempt, failure: Failure, status: AttemptStatus, latency_ms: int | None) -> Decision:
@@ -569,9 +567,8 @@ def _failed(draft: _Draft, attempt: Attempt, failure: Failure, status: AttemptSt
         advice=failure.advice,
         gateway_latency_ms=latency_ms,
     )
-    ended = status if status in ATTEMPT_TRANSITIONS[attempt.status] else attempt.status
     return Decision(
-        events=draft.facts, attempts=(_close(attempt, ended, draft.now),), dropped_timers=(_resolve_id(payment, attempt), *_no_longer_open(payment))
+        events=draft.facts, attempts=(_close(attempt, status, draft.now),), dropped_timers=(_resolve_id(payment, attempt), *_no_longer_open(payment))
     )
 
 

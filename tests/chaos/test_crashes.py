@@ -1,7 +1,7 @@
 """Our processes are killed while customers order: at each of their crash points, and at any moment. The promises hold afterwards.
 
 A process lives as many lives as it has points. The next one begins while the orders of the one before are half done, so that a crash also comes into
-the recovery from another one; orders are named by the point that ended the life in which they began.
+the recovery from another one. Orders are named by the point that ended the life in which they began.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from itertools import count
 
 import pytest
 
-from infra.local.stack import Stack
-from tests.chaos.pipeline import PROCESSES, WITHIN_S, Customers, Pipeline, opened_pipeline, until_crashed
-from tests.conftest import own_database, own_topics
+from tests.chaos.lives import WITHIN_S, Customers, Lives, customers_of, until_crashed
+from tests.conftest import Infrastructure
+from tests.integration.pipeline import Pipeline, eventually, opened_pipeline
 
-pytestmark = pytest.mark.race
+pytestmark = [pytest.mark.race, pytest.mark.timeout(300)]
 
 POINTS = {
     "payments": (
@@ -43,50 +43,48 @@ KILLS = 3
 
 
 @pytest.fixture(scope="module")
-def pipeline(stack: Stack, template_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    """One for all tests of this file: starting six processes takes longer than most of them."""
-    with own_database(stack, template_database) as database, own_topics(database), opened_pipeline(database, tmp_path_factory.mktemp("chaos")) as opened:
-        yield opened
+def lives(stack: Infrastructure, template_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    """One pipeline for all tests of this file: starting six processes takes longer than most of them."""
+    with opened_pipeline(stack, template_database, tmp_path_factory.mktemp("chaos"), latency="0.02..0.2") as pipeline:
+        yield Lives(pipeline)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-async def test_a_process_that_dies_at_each_of_its_points(pipeline: Pipeline, process: str) -> None:
-    async with pipeline.customers() as customers:
-        await asyncio.to_thread(pipeline.lives[process].stop)
+@pytest.mark.parametrize("process", POINTS)
+async def test_a_process_that_dies_at_each_of_its_points(lives: Lives, process: str) -> None:
+    async with customers_of(lives) as customers:
+        await asyncio.to_thread(lives.now[process].stop)
         async with asyncio.TaskGroup() as ordering:
             for point in POINTS[process]:
-                doomed = await asyncio.to_thread(pipeline.start, process, point)
+                doomed = await asyncio.to_thread(lives.begin, process, point)
                 ordering.create_task(customers.order(point.partition(":")[0].replace(".", "-"), payments=12))
                 await until_crashed(doomed, point)
-                if process == "api":  # it held the keys of requests there for half a minute
-                    pipeline.wipe_redis()
-            await asyncio.to_thread(pipeline.start, process)
+                if process == "api":  # else Redis holds the keys of the requests that died with it for half a minute
+                    lives.wipe_redis()
+            await asyncio.to_thread(lives.begin, process)
         await customers.check()
 
 
-async def test_killed_at_any_moment_under_load(pipeline: Pipeline) -> None:
-    """Twenty payments a second at a gateway that takes half a second for each call."""
-    async with pipeline.customers() as customers:
-        was = await customers.bank.change(latency="0.5")
+async def test_killed_at_any_moment_under_load(lives: Lives) -> None:
+    """Twenty payments a second at a gateway that takes half a second for each call: the payments worker is killed three times, the relay once."""
+    async with customers_of(lives) as customers:
+        usual = await customers.bank.change(latency="0.5")
         enough = asyncio.Event()
         async with asyncio.TaskGroup() as ordering:
-            load = ordering.create_task(steadily(customers, enough))
+            ordering.create_task(steadily(customers, enough))
             for kill in range(KILLS):
-                await moved_on(pipeline, by=random.randrange(100, 200))
+                await more_is_told(lives.pipeline, events=random.randrange(100, 200))
                 for process in ("payments", "relay") if kill == 1 else ("payments",):
-                    ended = pipeline.lives[process]
-                    ended.kill()
-                    assert ended.exit_code == -signal.SIGKILL
-                    await asyncio.to_thread(pipeline.start, process)
-            await moved_on(pipeline, by=100)
+                    lives.now[process].kill()
+                    assert lives.now[process].exit_code == -signal.SIGKILL
+                    await asyncio.to_thread(lives.begin, process)
+            await more_is_told(lives.pipeline, events=100)
             enough.set()
-            await load
-        await customers.bank.change(**was)
+        await customers.bank.change(**usual)
         await customers.check()
 
 
 async def steadily(customers: Customers, enough: asyncio.Event) -> None:
-    """Twenty orders each second, whatever became of those before."""
+    """Twenty orders each second, whatever becomes of those before."""
     async with asyncio.TaskGroup() as ordering:
         for second in count():
             if enough.is_set():
@@ -95,10 +93,16 @@ async def steadily(customers: Customers, enough: asyncio.Event) -> None:
             await asyncio.sleep(1.0)
 
 
-async def moved_on(pipeline: Pipeline, by: int) -> None:
+async def more_is_told(pipeline: Pipeline, events: int) -> None:
     """Wait until so many events more are on Kafka than now."""
-    published = "SELECT count(*) FROM events WHERE published_at IS NOT NULL"
-    ((goal,),) = pipeline.query(published)
-    async with asyncio.timeout(WITHIN_S):
-        while pipeline.query(published)[0][0] < goal + by:
-            await asyncio.sleep(0.05)
+
+    def told() -> int:
+        ((number,),) = pipeline.query("SELECT count(*) FROM events WHERE published_at IS NOT NULL")
+        return int(number)
+
+    goal = told() + events
+
+    async def reached() -> bool:
+        return told() >= goal
+
+    await eventually(reached, WITHIN_S, f"{events} events more")

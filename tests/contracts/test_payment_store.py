@@ -115,6 +115,20 @@ async def test_an_unconsumed_message_comes_again(store: PaymentStore) -> None:
         assert tx.payment == payment
 
 
+async def test_who_tells_the_outcome_settles_the_command_that_asked(store: PaymentStore) -> None:
+    """It comes again after a crash, and a webhook was quicker."""
+    async with opened(store) as tx:
+        payment, decision = step(None, "initiate and confirm")
+        await tx.begin(payment, decision, consumed=False)
+    webhook = derived_id("a webhook")
+    async with opened(store, webhook) as tx:
+        payment, decision = step(tx.payment, "captured")
+        assert payment is not None
+        await tx.record(payment, decision)
+    async with opened(store) as tx:
+        assert tx.settled
+
+
 async def test_a_block_that_raises_leaves_nothing(store: PaymentStore) -> None:
     with pytest.raises(ZeroDivisionError):
         async with opened(store) as tx:

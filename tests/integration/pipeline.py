@@ -31,7 +31,6 @@ from api.cli.demo.promises import COMMANDS, Evidence
 from api.cli.demo.traffic import Storefront, planned
 from infra.local.client import Answer, Bank, Caller, opened_session
 from infra.local.process import Program, paystream
-from infra.local.stack import Stack
 from infra.schema_registry import load_codec, register
 from infra.settings import Settings, Stripe
 from producers.producer import KafkaProducer, Record
@@ -39,7 +38,7 @@ from schemas.codec import Codec
 from schemas.errors import Rejected
 from schemas.messages import Message, PaymentEvent, leaves
 from schemas.topics import destinations
-from tests.conftest import StartProgram, free_port, own_database, own_topics, programs
+from tests.conftest import Infrastructure, StartProgram, free_port, own_database, own_topics, programs
 from tests.integration.machinery import quick
 from tests.topic_reader import read_topic
 
@@ -110,7 +109,7 @@ class Pipeline:
 
 
 @contextmanager
-def opened_pipeline(stack: Stack, template: str, folder: Path, *, groups: Sequence[str] = GROUPS, latency: str = "0") -> Iterator[Pipeline]:
+def opened_pipeline(stack: Infrastructure, template: str, folder: Path, *, groups: Sequence[str] = GROUPS, latency: str = "0") -> Iterator[Pipeline]:
     """All of it, ready, while the block runs. `latency` is how many seconds a call of the gateway takes."""
     with ExitStack() as closing:
         settings = quick(closing.enter_context(own_database(stack, template)))

@@ -14,10 +14,10 @@ from infra.database.delivery import Received
 from infra.gateways.fake import Fault
 from processors.payments.handler import handle
 from schemas.errors import Rejected
-from schemas.messages import PaymentInitiated, derived_id
+from schemas.messages import Command, PaymentInitiated, derived_id
 from schemas.state import AttemptStatus, PaymentStatus
 from tests.processors.payment_paths import COMMANDS, NOW, PAYMENT_ID, initiate
-from tests.processors.payment_world import World, again
+from tests.processors.payment_world import Crash, World, again
 
 pytestmark = pytest.mark.unit
 
@@ -283,6 +283,36 @@ async def run(journey: list[Any], world: World) -> World:
         await world.deliver(command)
     await world.settle()
     return world
+
+
+DECLINED_CARD = {"payment_method": "pm_card_chargeDeclined"}
+QUICKER_WEBHOOKS: dict[str, tuple[list[Command], Command]] = {
+    "a charge": ([], CHARGE),
+    "a hold": ([], initiate(confirm=True, capture_method="manual")),
+    "a decline": ([], initiate(confirm=True, **DECLINED_CARD)),
+    "a declined other card": ([initiate(confirm=True, **DECLINED_CARD)], replace(OTHER_CARD, **DECLINED_CARD)),
+    "a capture": ([initiate(confirm=True, capture_method="manual")], CAPTURE),
+    "a cancel": ([initiate(confirm=True, capture_method="manual")], CANCEL),
+}
+
+
+@pytest.mark.parametrize("name", QUICKER_WEBHOOKS)
+async def test_a_webhook_that_is_quicker_than_the_command_coming_again(world: World, name: str) -> None:
+    """The process ends when the gateway has done it; the webhook is handled first. The command was carried out: neither refused, nor done again."""
+    before, command = QUICKER_WEBHOOKS[name]
+    for earlier in before:
+        await world.deliver(earlier)
+    world.crash_at = lambda point, _: point == "payments.after_charge"
+    with pytest.raises(Crash):
+        await world.deliver(command, lives=1)
+    world.crash_at = lambda *_: False
+    await world.webhook(gateway_id=f"pi_{len(world.gateway.intents)}")
+    calls, told = len(world.gateway.calls), world.told(PAYMENT_ID)
+    assert world.store.decided[command.event_id] is None
+    await world.deliver(command)
+    assert world.store.decided[command.event_id] is None
+    assert (len(world.gateway.calls), world.told(PAYMENT_ID)) == (calls, told)
+    world.check_books()
 
 
 @pytest.mark.parametrize("name", JOURNEYS)
