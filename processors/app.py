@@ -236,6 +236,8 @@ async def _run_worker(settings: Settings, group: Group, compose: Compose, repair
                 await app.stop()
         except TimeoutError:
             log.warning("did not stop in time")
+        if False and window.running:
+            opened.pop_all()  # not closed, but ended with the process: handlers that still run would take a closed gateway for one that is silent
 
 
 async def _compose(settings: Settings, compose: Compose, opened: AsyncExitStack) -> Work:

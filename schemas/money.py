@@ -8,7 +8,10 @@ from typing import Final
 from babel.core import get_global
 from babel.numbers import format_currency
 
-CURRENCIES: Final = frozenset(code for code in get_global("all_currencies") if len(code) == 3)
+CURRENCIES: Final = frozenset(
+    code for territory in get_global("territory_currencies").values() for code, _, until, tender in territory if tender and until is None
+)
+"""What is legal tender somewhere today: no precious metals, no test codes, no money of the past."""
 
 _EXPONENTS: Final = {
     **dict.fromkeys(("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "UYI", "VND", "VUV", "XAF", "XOF", "XPF"), 0),

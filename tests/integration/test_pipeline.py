@@ -244,6 +244,28 @@ async def test_a_gateway_that_is_away_is_asked_again_when_it_is_back(shop: Shop)
     assert await shop.charged(*orders) == {order: [1999] for order in orders}
 
 
+async def test_a_call_that_a_stopping_worker_leaves_behind_is_no_doubt(shop: Shop) -> None:
+    """The next worker looks at once what has become of it, as after a crash; no timer is needed, and what comes behind it finds it done."""
+    pipeline, order = shop.pipeline, shop.order()
+    await asyncio.to_thread(pipeline.workers["payments"].stop)
+    hasty = pipeline.settings.model_copy(update={"worker": pipeline.settings.worker.model_copy(update={"drain_s": 1.0})})
+    worker = await asyncio.to_thread(lambda: pipeline.start("worker", "payments", settings=hasty))
+    await shop.bank.order_fault("slow", operation="confirm", delay_seconds=7, match={"metadata": {"order_id": order}})
+    held = await shop.pay(order, wait_s=None, capture_method="manual")
+    payment_id = held.body["payment_id"]
+    await eventually(lambda: created_at_the_gateway(shop, [order]), 30, "its object is there, and is being confirmed")
+    captured = await shop.post(f"/payments/{payment_id}/capture", wait_s=None)
+    await asyncio.to_thread(worker.stop)
+    assert worker.exit_code == 0
+    assert (await shop.payment(payment_id))["status"] == "PROCESSING"
+    pipeline.workers["payments"].start()
+    await asyncio.to_thread(pipeline.workers["payments"].wait_ready)
+    await shop.reaches(payment_id, "COMPLETED")
+    assert (await shop.caller.get(captured.body["links"]["command"].removeprefix("/api/v1"))).body["status"] == "applied"
+    assert [message.event_type for message in await about_order(shop, "payment-commands", order)] == ["InitiatePayment", "CapturePayment"]
+    assert await shop.charged(order) == {order: [1999]}
+
+
 async def test_postgres_may_go_away_and_come_back(shop: Shop) -> None:
     pipeline = shop.pipeline
     parked, orders = pipeline.parked(), [shop.order() for _ in range(20)]
