@@ -236,7 +236,7 @@ async def _run_worker(settings: Settings, group: Group, compose: Compose, repair
                 await app.stop()
         except TimeoutError:
             log.warning("did not stop in time")
-        if False and window.running:
+        if window.running:
             opened.pop_all()  # not closed, but ended with the process: handlers that still run would take a closed gateway for one that is silent
 
 

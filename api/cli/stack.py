@@ -44,8 +44,8 @@ def up(
     stack = Stack(folder)
     began = time.monotonic()
     with words.status("starting") if words.is_terminal else nullcontext():
-        stack.start(fresh=fresh, leash=not detach, progress=lambda line: words.print(line, markup=False))
-    words.print(f"the stack is up after {time.monotonic() - began:.1f} s: API at {stack.addresses()['api']}/docs")
+        stack.start(fresh=fresh, leash=not detach, progress=lambda line: words.print(line, markup=False, soft_wrap=True))
+    words.print(f"the stack is up after {time.monotonic() - began:.1f} s: API at {stack.addresses()['api']}/docs", soft_wrap=True)
     if not stack.on_leash:
         words.print(_table(stack.status()))
         words.print("paystream down stops it, paystream logs NAME shows a log")

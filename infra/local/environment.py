@@ -24,7 +24,8 @@ def values(home: Home) -> dict[str, Any]:
     ports, secrets = home.ports, home.secrets
     return {
         "profile": "sandbox",
-        "kafka": {"bootstrap_servers": f"127.0.0.1:{ports['kafka']}"},
+        # Whoever kills a worker here wants to see it come back, and not to wait for as long as a busy cluster would.
+        "kafka": {"bootstrap_servers": f"127.0.0.1:{ports['kafka']}", "session_timeout_s": 10},
         "schema_registry": {"url": f"{local(home, 'registry')}/apis/ccompat/v7"},
         "database": {"url": database_url(home, DATABASE)},
         "redis": {"url": f"redis://:{secrets['redis_password']}@127.0.0.1:{ports['redis']}/0"},

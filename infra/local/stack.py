@@ -184,8 +184,9 @@ class Stack:
             time.sleep(_POLL_S)
 
     def _revive(self, progress: Progress) -> None:
-        """The stack runs already: see that all of it does."""
-        self._wait_running(progress)
+        """There is a supervisor already: see that all of the stack runs."""
+        if not self.running:
+            self._wait_running(progress)
         if not (down := [standing.name for standing in self.status() if not standing.healthy]):
             progress(f"the stack in {self.home.path} is running already")
             return

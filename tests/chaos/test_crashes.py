@@ -26,7 +26,7 @@ POINTS = {
         "gateway.after_create:5",
         "payments.after_remember:5",
         "gateway.after_confirm:5",
-        "gateway.before_retrieve:3",
+        "gateway.before_retrieve:2",
         "payments.before_record:5",
         "payments.after_record:5",
         "gateway.after_capture:1",
@@ -34,7 +34,7 @@ POINTS = {
         "timers.after_fire:1",
     ),
     "orders": ("orders.after_record:5",),
-    "analytics": ("analytics.before_commit:2", "analytics.after_commit:2"),
+    "analytics": ("analytics.before_commit:2", "analytics.after_commit:1"),
     "relay": ("relay.before_begin:3", "relay.after_produce:3", "relay.before_commit:3", "relay.after_commit:3", "relay.after_mark:3"),
     "api": ("api.after_accept:5", "producer.before_send:5", "producer.after_ack:5", "api.after_produce:5"),
 }

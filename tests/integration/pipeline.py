@@ -153,7 +153,7 @@ def _register_webhook(sandbox: str, url: str) -> str:
         return secret
 
 
-async def eventually(look: Callable[[], Awaitable[T]], within: float, what: str) -> T:
+async def eventually(look: Callable[[], Awaitable[T | None]], within: float, what: str) -> T:
     """What `look` gives, as soon as that is something."""
     deadline = time.monotonic() + within
     while not (found := await look()):

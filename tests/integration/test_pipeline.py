@@ -257,7 +257,13 @@ async def test_a_call_that_a_stopping_worker_leaves_behind_is_no_doubt(shop: Sho
     captured = await shop.post(f"/payments/{payment_id}/capture", wait_s=None)
     await asyncio.to_thread(worker.stop)
     assert worker.exit_code == 0
+    assert '"outcome":"unknown"' not in worker.log.read_text(), "it has not hung up and called that an answer"
     assert (await shop.payment(payment_id))["status"] == "PROCESSING"
+
+    async def is_held() -> bool:
+        return await shop.charged(order) == {order: [0]}
+
+    await eventually(is_held, 20, "the gateway has done what it was asked for")
     pipeline.workers["payments"].start()
     await asyncio.to_thread(pipeline.workers["payments"].wait_ready)
     await shop.reaches(payment_id, "COMPLETED")

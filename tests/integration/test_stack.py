@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -72,6 +73,14 @@ def remember(stack: Stack) -> None:
 def remembers(stack: Stack) -> bool:
     with psycopg.connect(database_url(stack.home, "postgres")) as connection:
         return connection.execute("SELECT to_regclass('remembered') IS NOT NULL").fetchone() == (True,)
+
+
+@contextmanager
+def killed_at_the_end(process: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 # -- what tests get
@@ -284,6 +293,6 @@ def test_a_whole_stack_comes_up_restarts_a_worker_and_ends_with_ctrl_c(paystream
         assert len(alive(running)) == len(services) + 1
         foreground.send_signal(signal.SIGINT)
         assert foreground.stderr.read() == "stopping\n"
-    assert foreground.returncode == 130
+        assert foreground.wait() == 130
     assert not alive(running)
     assert paystream("down").stderr == "nothing was running\n"
