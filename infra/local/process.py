@@ -85,7 +85,7 @@ class Program:
     folder: Path | None = None
     user: str | None = None
     stop_signal: signal.Signals = signal.SIGTERM
-    start_s: float = 60.0
+    start_s: float = 90.0
     grace_s: float = 15.0
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
     identity: Identity | None = field(default=None, init=False)

@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from infra.local import environment, fetch, services
 from infra.local.home import Home, State
@@ -22,7 +23,7 @@ from infra.local.process import StackError, last_lines
 from infra.settings import Settings
 
 _START_S: Final = 180.0
-_STOP_S: Final = 120.0
+_STOP_S: Final = 150.0
 _LEFTOVER_S: Final = 20.0
 _POLL_S: Final = 0.05
 
@@ -77,17 +78,22 @@ class Stack:
             raise StackError(f"{error.strerror}: {error.filename or self.home.path}. Does the folder belong to another user?") from error
 
     def stop(self) -> bool:
-        """Stop all of it, gracefully at first. Data stays. False if nothing was running."""
+        """Stop all of it, gracefully at first. Data stays. False if nothing was running, or if somebody else has started it anew since this did."""
         was_running = self.home.supervised()
         supervisor = self.home.read_state().supervisor
-        if was_running and supervisor is not None:
+        mine, self._supervisor = self._supervisor, None
+        if mine is not None:
+            if mine.stdin is not None:
+                mine.stdin.close()
+            mine.terminate()  # it may not have got as far as to say who it is
+            with suppress(subprocess.TimeoutExpired):
+                mine.wait(_STOP_S)
+            mine.kill()  # if it hangs: what it leaves is ended below
+            mine.wait()
+            if supervisor is not None and supervisor.pid != mine.pid and was_running:
+                return False
+        elif was_running and supervisor is not None:
             supervisor.end(signal.SIGTERM, _STOP_S)
-        if self._supervisor is not None:
-            if self._supervisor.stdin is not None:
-                self._supervisor.stdin.close()
-            self._supervisor.terminate()  # it may not have got as far as to say who it is
-            self._supervisor.wait(_STOP_S)
-            self._supervisor = None
         return self._end_leftovers(lambda _: None) or was_running
 
     @property
@@ -130,7 +136,7 @@ class Stack:
         """The same as environment variables for child processes, secrets included."""
         return environment.variables(self.settings())
 
-    def addresses(self) -> dict[str, Any]:
+    def addresses(self) -> dict[str, str]:
         """Where the stack can be reached from outside."""
         values = environment.values(self.home)
         return {

@@ -18,7 +18,7 @@ from infra.local.process import StackError
 
 _ENDPOINTS: Final = "/v1/webhook_endpoints"
 _ROUTE: Final = "/api/v1/webhooks/stripe"
-_EVENTS: Final = tuple(
+FOLLOWED_EVENTS: Final = tuple(
     f"payment_intent.{event}" for event in ("succeeded", "payment_failed", "requires_action", "amount_capturable_updated", "canceled", "processing")
 )
 
@@ -50,7 +50,7 @@ def register_webhook(home: Home) -> None:
     for endpoint in _ask_sandbox(home, "GET", _ENDPOINTS)["data"]:
         if endpoint["url"].endswith(_ROUTE) and endpoint["url"] != url:
             _ask_sandbox(home, "DELETE", f"{_ENDPOINTS}/{endpoint['id']}")
-    form = urlencode([("url", url), *(("enabled_events[]", event) for event in _EVENTS)])
+    form = urlencode([("url", url), *(("enabled_events[]", event) for event in FOLLOWED_EVENTS)])
     home.keep_secret("webhook_secret", _ask_sandbox(home, "POST", _ENDPOINTS, form)["secret"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -104,10 +105,10 @@ class Customers:
         assert {name: program.exit_code for name, program in self._lives.now.items()} == dict.fromkeys(self._lives.now), "nobody else has ended"
 
     async def _agree(self, whom: str, differing: str) -> None:
-        async def no_rows() -> bool:
-            return not self._lives.pipeline.query(differing)
-
-        await eventually(no_rows, WITHIN_S, f"{whom} and payments agree")
+        deadline = time.monotonic() + WITHIN_S
+        while rows := self._lives.pipeline.query(differing):
+            assert time.monotonic() < deadline, f"{whom} and payments differ: {rows[:20]}"
+            await asyncio.sleep(0.05)
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import tarfile
@@ -75,6 +76,7 @@ def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Repo
     yield served
     server.shutdown()
     server.server_close()
+    gc.collect()  # now, and not in the middle of another test
 
 
 def test_everything_is_fetched_once_and_unpacked(repository: Repository) -> None:

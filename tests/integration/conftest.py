@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.stack import Stack
 from infra.settings import Settings
+from tests.conftest import Infrastructure
 from tests.integration.machinery import Machinery, quick
 from tests.integration.pipeline import Pipeline, Shop, Topics, opened_pipeline, opened_shop, topics_after
 
@@ -23,7 +23,7 @@ def machinery(database: Settings, tmp_path: Path) -> Iterator[Machinery]:
 
 
 @pytest.fixture(scope="module")
-def pipeline(stack: Stack, template_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def pipeline(stack: Infrastructure, template_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """All parts of the product, running; the tests of one module share them."""
     with opened_pipeline(stack, template_database, tmp_path_factory.mktemp("pipeline")) as pipeline:
         yield pipeline

@@ -31,6 +31,7 @@ from api.cli.demo.promises import COMMANDS, Evidence
 from api.cli.demo.traffic import Storefront, planned
 from infra.local.client import Answer, Bank, Caller, opened_session
 from infra.local.process import Program, paystream
+from infra.local.steps import FOLLOWED_EVENTS
 from infra.schema_registry import load_codec, register
 from infra.settings import Settings, Stripe
 from producers.producer import KafkaProducer, Record
@@ -146,7 +147,7 @@ def _sandbox(folder: Path, latency: str) -> Program:
 
 def _register_webhook(sandbox: str, url: str) -> str:
     """The secret that the sandbox signs its webhooks with."""
-    form = urlencode([("url", url), ("enabled_events[]", "*")]).encode()
+    form = urlencode([("url", url), *(("enabled_events[]", event) for event in FOLLOWED_EVENTS)]).encode()
     request = urllib.request.Request(f"{sandbox}/v1/webhook_endpoints", form, {"Authorization": f"Bearer {API_KEY}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         secret: str = orjson.loads(answer.read())["secret"]

@@ -146,6 +146,14 @@ def test_a_second_start_says_so_and_brings_back_what_has_ended(fresh_stack: Stac
     assert all(standing.healthy for standing in fresh_stack.status())
 
 
+def test_who_started_a_stack_does_not_stop_the_one_that_somebody_else_has_started_since(fresh_stack: Stack) -> None:
+    first = Stack(fresh_stack.home.path)
+    first.start(only=STORES)
+    fresh_stack.start(only=STORES, fresh=True)
+    assert not first.stop()
+    assert all(standing.healthy for standing in fresh_stack.status())
+
+
 def test_on_a_leash_all_of_it_ends_with_whoever_started_it(fresh_stack: Stack) -> None:
     code = START + "Stack(Path(sys.argv[1])).start(only={'postgres', 'redis'}, leash=True); print('up', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code, fresh_stack.home.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
