@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Final
 
@@ -14,6 +15,7 @@ from infra.settings import Kafka
 from schemas.errors import Unavailable
 
 _TIMEOUT_S: Final = 5.0
+_LOOK_AGAIN_S: Final = 0.02
 
 
 class EndOffsets:
@@ -36,14 +38,32 @@ class EndOffsets:
 
     async def unsettled(self, topic: str) -> int:
         """How many offsets of a topic an open transaction hides from readers of committed records. Raises Unavailable when no broker answers."""
+        places = await self._places(topic)
+        stable, written = await self.of(places), await self._written(places)
+        return sum(written[place] - stable[place] for place in places)
+
+    async def settled(self, topic: str, within_s: float) -> None:
+        """Wait until readers of committed records see all that was written by now: a commit is answered before its markers are on the partitions.
+
+        Raises Unavailable when no broker answers, or a transaction stays open for longer.
+        """
+        places = await self._places(topic)
+        written = await self._written(places)
+        deadline = time.monotonic() + within_s
+        while any(end < written[place] for place, end in (await self.of(places)).items()):
+            if time.monotonic() > deadline:
+                raise Unavailable("Kafka", f"a transaction on {topic} stays open for more than {within_s:.0f} s: look at the relay")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _places(self, topic: str) -> list[tuple[str, int]]:
         try:
             there = (await asyncio.to_thread(self._admin.list_topics, topic, timeout=_TIMEOUT_S)).topics[topic]
         except KafkaException as error:
             raise Unavailable("Kafka", error.args[0].str()) from error
-        partitions = [(topic, number) for number in there.partitions]
-        stable = await self._ends(partitions, IsolationLevel.READ_COMMITTED)
-        written = await self._ends(partitions, IsolationLevel.READ_UNCOMMITTED)
-        return sum(written[place] - stable[place] for place in partitions)
+        return [(topic, number) for number in there.partitions]
+
+    async def _written(self, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        return await self._ends(places, IsolationLevel.READ_UNCOMMITTED)
 
     async def _ends(self, partitions: Iterable[tuple[str, int]], isolation: IsolationLevel) -> dict[tuple[str, int], int]:
         wanted = {TopicPartition(topic, partition): OffsetSpec.latest() for topic, partition in partitions}

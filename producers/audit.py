@@ -18,6 +18,7 @@ from typing import Any, Final
 import confluent_kafka
 
 from infra.database.outbox import OutboxStore, StoredEvent
+from infra.kafka_offsets import EndOffsets
 from infra.settings import Settings
 from producers.committed_log import CommittedLog
 from schemas.codec import Codec
@@ -102,13 +103,16 @@ class Audit:
 async def audit(settings: Settings, codec: Codec, store: OutboxStore) -> Audit:
     """Read both topics from their beginning and compare. Raises Unavailable while Kafka or Postgres is away."""
     result = Audit()
-    log = CommittedLog(settings)
+    log, brokers = CommittedLog(settings), EndOffsets(settings.kafka)
+    patience_s = settings.relay.transaction_timeout_ms / 1000 + 5
     try:
         for topic in TOPICS:
             versions: dict[str, int] = {}
             for partition in await asyncio.to_thread(log.partitions, topic):
                 async with aclosing(store.published_events(topic, partition)) as said:
-                    pairs = _paired(said, log, versions, topic, partition)
+                    expected = await anext(said, None)  # Postgres is asked before Kafka is: what it knows by now is there by now
+                    await brokers.settled(settings.prefix + topic, patience_s)
+                    pairs = _paired(expected, said, log, versions, topic, partition)
                     await _compare(result, codec, store, versions, pairs, topic, partition)
             for event in await store.stranded_events(topic, _KEPT):
                 result.add(Fault.STRANDED, topic, None, None, _name(event))
@@ -121,9 +125,10 @@ async def audit(settings: Settings, codec: Codec, store: OutboxStore) -> Audit:
 Pair = tuple[StoredEvent | None, confluent_kafka.Message | None]
 
 
-async def _paired(said: AsyncIterator[StoredEvent], log: CommittedLog, versions: dict[str, int], topic: str, partition: int) -> AsyncIterator[Pair]:
-    """What Postgres says is on a partition, and what is, by offset; None where one of them has nothing."""
-    expected = await anext(said, None)  # asked before Kafka is: what Postgres knows by now is there by now
+async def _paired(
+    expected: StoredEvent | None, said: AsyncIterator[StoredEvent], log: CommittedLog, versions: dict[str, int], topic: str, partition: int
+) -> AsyncIterator[Pair]:
+    """What Postgres says is on a partition (`expected` first), and what is, by offset; None where one of them has nothing."""
     first, end = await asyncio.to_thread(log.bounds, topic, partition)
     while expected is not None and _offset(expected) < first:  # gone by retention: taken as read
         versions[expected.entity_id] = expected.version

@@ -59,7 +59,7 @@ def publish(settings: Settings, codec: Codec, events: Sequence[PaymentEvent]) ->
 
 def crash(start: StartProgram, settings: Settings, group: str, point: str) -> None:
     """Run the worker until it ends itself at the point."""
-    program = start("worker", group, settings=settings, PAYSTREAM_CRASH_AT=point)
+    program = start("worker", group, settings=settings, wait=False, PAYSTREAM_CRASH_AT=point)  # it may be there before it is ready
     until(lambda: program.exit_code is not None, 40, f"{group} reaches {point}")
     assert program.exit_code == 137
 

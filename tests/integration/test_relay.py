@@ -78,9 +78,7 @@ async def assert_exactly_once(settings: Settings, writer: OutboxWriter, codec: C
     expected = {order: list(range(1, last + 1)) for order, last in writer.versions.items()}
     brokers = EndOffsets(settings.kafka)
     for topic in ("payment-events", "payment-processing"):
-        async with asyncio.timeout(30):
-            while await brokers.unsettled(settings.prefix + topic):  # a commit is answered before its markers are on every partition
-                await asyncio.sleep(0.05)
+        await brokers.settled(settings.prefix + topic, within_s=30)
         assert await asyncio.to_thread(events_of, settings, topic, codec) == expected
     async with opened_store(settings) as store:
         result = await audit(settings, codec, store)
@@ -463,9 +461,7 @@ async def test_a_transaction_that_takes_longer_than_it_may(installation: Setting
             await writer.append(conn, "o1", 2)
             await is_true(held.is_set)
             assert await brokers.unsettled(f"{installation.prefix}payment-events") == 2
-            async with asyncio.timeout(30):
-                while await brokers.unsettled(f"{installation.prefix}payment-events"):
-                    await asyncio.sleep(0.1)
+            await brokers.settled(f"{installation.prefix}payment-events", within_s=30)
         await all_published(installation)
     await assert_exactly_once(installation, writer)
 

@@ -76,7 +76,7 @@ async def test_killed_again_and_again_under_load(installation: Settings, codec: 
     writer = OutboxWriter(codec)
     async with steadily(installation, writer):
         for step in ("after_produce:9", "before_commit:5", "after_commit:7"):
-            dies = await asyncio.to_thread(start, "relay", PAYSTREAM_CRASH_AT=f"relay.{step}")
+            dies = await asyncio.to_thread(start, "relay", wait=False, PAYSTREAM_CRASH_AT=f"relay.{step}")  # it may be there before it is ready
             assert await ended(dies) == 137
     last = await asyncio.to_thread(start, "relay")
     await all_published(installation)
