@@ -109,7 +109,7 @@ async def opened_deps(settings: Settings) -> AsyncIterator[Deps]:
         codec = _CodecWhenThere(settings)
         loading = asyncio.create_task(codec.load(), name="load-codec")
         opened.push_async_callback(_ended, loading)
-        pool = await opened.enter_async_context(opened_pool(settings.database, settings.service))
+        pool = await opened.enter_async_context(opened_pool(settings.database, settings.service, by_key=True))
         store = IntakeStore(pool, max_undecided=settings.api.max_undecided_commands)
         reads = Reads(await opened.enter_async_context(opened_pool(settings.database, f"{settings.service}-reads")), codec)
         producer = KafkaProducer(settings)

@@ -31,7 +31,7 @@ from infra.telemetry import DURATION_BUCKETS
 from processors.keyed_window import Gate
 from schemas.codec import Codec
 from schemas.errors import Rejected, Unavailable
-from schemas.messages import Message
+from schemas.messages import Message, PaymentEvent
 
 log = structlog.get_logger()
 
@@ -153,22 +153,25 @@ class Delivery:
 
     async def __call__(self, received: Received) -> None:
         """Never raises, and returns when the message may be acknowledged."""
-        message = await self.message_in(received)
-        if message is not None:
-            await self.apply(received, message)
+        try:
+            message = await self.message_in(received)
+        except Exception as error:
+            await self.park_unread(received, error)
+        else:
+            if message is not None:
+                await self.apply(received, message)
 
     async def message_in(self, received: Received) -> Message | None:
-        """The message that the record holds. None if there is nothing to do: the group does not want it, or it was poison and is parked."""
+        """The message that the record holds, None if the group does not want it. Raises what makes it unreadable."""
         if not self._is_wanted(_event_type_of(received)):
             SKIPPED.labels(self._failures.group).inc()
             return None
-        try:
-            message = await self._failures.until_available(lambda: self._decode(received))
-        except Exception as error:
-            with bound_contextvars(**_place(received)):
-                await self._failures.park(received, None, error)
-            return None
+        message = await self._failures.until_available(lambda: self._decode(received))
         return message if self._is_wanted(message.event_type) else None
+
+    async def park_unread(self, received: Received, error: Exception) -> None:
+        with bound_contextvars(**_place(received)):
+            await self._failures.park(received, None, error)
 
     async def apply(self, received: Received, message: Message) -> None:
         """Have the message handled, or parked."""
@@ -201,8 +204,20 @@ class BatchDelivery:
 
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Never raises, and returns when all of the messages may be acknowledged."""
-        messages = [(received, await self._single.message_in(received)) for received in batch]
-        pairs = [(received, message) for received, message in messages if message is not None]
+        pairs: list[tuple[Received, Message]] = []
+        for received in batch:
+            try:
+                message = await self._single.message_in(received)
+            except Exception as error:
+                await self._together(pairs)  # what was before it must not come to be parked behind it
+                pairs = []
+                await self._single.park_unread(received, error)
+            else:
+                if message is not None:
+                    pairs.append((received, message))
+        await self._together(pairs)
+
+    async def _together(self, pairs: Sequence[tuple[Received, Message]]) -> None:
         if not pairs:
             return
         started = time.perf_counter()
@@ -217,6 +232,14 @@ class BatchDelivery:
             each = (time.perf_counter() - started) / len(pairs)
             for _, message in pairs:
                 self._single.observe(message, "applied", each)
+
+
+def payment_event_in(received: Received, message: Message) -> PaymentEvent:
+    """The message as the payment event that it has to be, with its order as key. Raises Rejected."""
+    if not isinstance(message, PaymentEvent):
+        raise Rejected(f"{message.event_type} does not belong on {received.topic}")
+    received.expect_key(message.order_id)
+    return message
 
 
 def fault_of(error: BaseException) -> Fault:

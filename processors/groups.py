@@ -38,7 +38,7 @@ from schemas.topics import destinations
 async def payments(settings: Settings) -> AsyncIterator[Work]:
     """The payment state machine: commands and webhooks in, facts out, and its timers."""
     clock, codec = SystemClock(), load_codec(settings)
-    async with opened_pool(settings.database, settings.service) as pool, opened_gateways(settings) as gateways:
+    async with opened_pool(settings.database, settings.service, by_key=True) as pool, opened_gateways(settings) as gateways:
         store = PostgresPaymentStore(pool, codec, destinations, clock)
         parking = PostgresParking(pool, clock)
         outcomes = Outcomes(Line(settings.redis), settings.prefix)
@@ -63,16 +63,17 @@ async def payments(settings: Settings) -> AsyncIterator[Work]:
 
 @asynccontextmanager
 async def orders(settings: Settings) -> AsyncIterator[Work]:
-    """Orders follow their payments."""
+    """Orders follow their payments, in batches."""
     clock, codec = SystemClock(), load_codec(settings)
-    async with opened_pool(settings.database, settings.service) as pool:
+    async with opened_pool(settings.database, settings.service, by_key=True) as pool:
         deps = orders_handler.Deps(store=PostgresOrderStore(pool, codec, destinations, clock), clock=clock)
         yield Work(
             register=orders_agent.register,
             topics=orders_agent.TOPICS,
+            fetch_wait_ms=orders_agent.FETCH_WAIT_MS,
             codec=codec,
             parking=PostgresParking(pool, clock),
-            handler=partial(orders_handler.handle, deps=deps),
+            handler=Batches(partial(orders_handler.handle_batch, deps=deps), orders_agent.BATCH),
             wanted=WANTED,
         )
 
@@ -81,11 +82,12 @@ async def orders(settings: Settings) -> AsyncIterator[Work]:
 async def analytics(settings: Settings) -> AsyncIterator[Work]:
     """Views on what happened, in batches."""
     clock, codec = SystemClock(), load_codec(settings)
-    async with opened_pool(settings.database, settings.service) as pool:
+    async with opened_pool(settings.database, settings.service, by_key=True) as pool:
         deps = analytics_handler.Deps(store=AnalyticsStore(pool, clock), clock=clock)
         yield Work(
             register=analytics_agent.register,
             topics=analytics_agent.TOPICS,
+            fetch_wait_ms=analytics_agent.FETCH_WAIT_MS,
             codec=codec,
             parking=PostgresParking(pool, clock),
             handler=Batches(partial(analytics_handler.handle_batch, deps=deps), analytics_agent.BATCH),

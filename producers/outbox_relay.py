@@ -232,7 +232,7 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    async with opened_pool(settings.database, settings.service) as pool:
+    async with opened_pool(settings.database, settings.service, by_key=True) as pool:
         store = OutboxStore(pool, settings.database)
         codec = cache(partial(load_codec, settings))
         relay = OutboxRelay(store, OutboxTransactions(settings, codec, SystemClock()), settings.relay)

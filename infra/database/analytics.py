@@ -92,8 +92,7 @@ class AnalyticsTransaction:
 
     async def load(self, payment_ids: Sequence[str], order_ids: Sequence[str]) -> None:
         parameters = {"group": Group.ANALYTICS, "payment_ids": payment_ids, "order_ids": order_ids}
-        # Planned anew each time: a plan that was made while the tables were small reads them whole when a rebuild has filled them.
-        row = await (await self._conn.execute(_LOAD, parameters, prepare=False)).fetchone()
+        row = await (await self._conn.execute(_LOAD, parameters)).fetchone()
         if row is None:
             raise RuntimeError("a SELECT without FROM gave no row")
         positions, parked, payments, attempts = row

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -31,7 +31,7 @@ class MemoryPaymentStore:
     outbox: list[Message] = field(default_factory=list)
     inbox: set[str] = field(default_factory=set)
     decided: dict[str, Refusal | None] = field(default_factory=dict)
-    objects: dict[tuple[str, str], GatewayObject] = field(default_factory=dict)
+    objects: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     timers: dict[str, tuple[Timer, Payment, str]] = field(default_factory=dict)
     parked_orders: set[str] = field(default_factory=set)
     parked: list[Received] = field(default_factory=list)
@@ -67,11 +67,14 @@ class MemoryPaymentStore:
         if attempt.gateway_id in (None, created.gateway_id):
             known = replace(attempt, gateway_id=created.gateway_id, client_secret=created.client_secret or attempt.client_secret)
             self.payments[payment.payment_id] = replace(kept, attempts=(*kept.attempts[: number - 1], known, *kept.attempts[number:]))
-        owner = GatewayObject(payment_id=payment.payment_id, order_id=payment.order_id, attempt=number)
-        self.objects.setdefault((attempt.gateway, created.gateway_id), owner)
+        self.objects.setdefault((attempt.gateway, created.gateway_id), (payment.payment_id, number))
 
     async def find_object(self, gateway: str, object_id: str) -> GatewayObject | None:
-        return self.objects.get((gateway, object_id))
+        if (gateway, object_id) not in self.objects:
+            return None
+        payment_id, number = self.objects[gateway, object_id]
+        payment = self.payments[payment_id]
+        return GatewayObject(order_id=payment.order_id, attempt=number, payment=payment)
 
     async def fire_timers(self, now: datetime, limit: int = 100) -> int:
         due = sorted((entry for entry in self.timers.values() if entry[0].due_at <= now), key=lambda entry: entry[0].due_at)[:limit]
@@ -156,27 +159,36 @@ class MemoryOrderStore:
     _locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
     @asynccontextmanager
-    async def transaction(self, received: Received, event: PaymentEvent) -> AsyncIterator[_MemoryOrderTransaction]:
-        async with self._locks[event.order_id]:
-            seen = self.positions.get(event.payment_id, 0) >= event.version
-            parked = event.order_id in self.parked_orders
-            if parked and not seen and received not in self.parked:
-                self.parked.append(received)
-            tx = _MemoryOrderTransaction(settled=seen or parked, order=self.orders.get(event.order_id))
+    async def transaction(self, events: Collection[PaymentEvent]) -> AsyncIterator[_MemoryOrderTransaction]:
+        async with AsyncExitStack() as held:
+            for order_id in sorted({event.order_id for event in events}):
+                await held.enter_async_context(self._locks[order_id])
+            tx = _MemoryOrderTransaction(self, dict(self.orders), dict(self.positions))
             yield tx
-            if tx.recorded:
-                self.positions[event.payment_id] = event.version
-                self.events.extend(tx.events)
-                if tx.order is not None:
-                    self.orders[event.order_id] = tx.order
+            self.orders, self.positions = self.orders | tx.changed, self.positions | tx.moved
+            self.events += tx.events
+            self.parked += tx.parked
 
 
 @dataclass
 class _MemoryOrderTransaction:
-    settled: bool
-    order: Order | None
-    events: tuple[OrderEvent, ...] = ()
-    recorded: bool = False
+    _store: MemoryOrderStore
+    orders: dict[str, Order]
+    _positions: dict[str, int]
+    changed: dict[str, Order] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    events: list[OrderEvent] = field(default_factory=list)
+    parked: list[Received] = field(default_factory=list)
 
-    async def record(self, order: Order | None, events: Sequence[OrderEvent]) -> None:
-        self.order, self.events, self.recorded = order, tuple(events), True
+    async def settled(self, received: Received, event: PaymentEvent) -> bool:
+        seen = self._positions.get(event.payment_id, 0) >= event.version
+        parked = event.order_id in self._store.parked_orders
+        if parked and not seen and received not in self._store.parked:
+            self.parked.append(received)
+        return seen or parked
+
+    def record(self, event: PaymentEvent, order: Order | None, events: Sequence[OrderEvent]) -> None:
+        self.moved[event.payment_id] = self._positions[event.payment_id] = event.version
+        self.events += events
+        if order is not None:
+            self.orders[event.order_id] = self.changed[event.order_id] = order

@@ -116,11 +116,7 @@ class Leadership:
 
 
 class OutboxStore:
-    """Every method raises Unavailable while Postgres is away.
-
-    What a batch needs is planned anew each time (`prepare=False`, 1 ms): a plan that is made while the tables are empty, and kept, reads all of them
-    when they have grown.
-    """
+    """Every method raises Unavailable while Postgres is away."""
 
     def __init__(self, pool: Pool, settings: Database) -> None:
         self._pool = pool
@@ -147,7 +143,6 @@ class OutboxStore:
             cursor = await conn.execute(
                 "SELECT id::text, topics, key, value, headers, timestamp_ms FROM outbox WHERE published_at IS NULL ORDER BY seq LIMIT %s",
                 [limit],
-                prepare=False,
             )
             return [
                 OutboxRow(id_, topics, key, value, headers_of(headers), timestamp_ms)
@@ -179,7 +174,6 @@ class OutboxStore:
                     [placement.offset for placement in placements],
                     list({placement.outbox_id for placement in placements}),
                 ],
-                prepare=False,
             )
             (marked,) = await cursor.fetchone() or (0,)
             return int(marked)

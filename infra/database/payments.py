@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import orjson
 
 from infra.clock import Clock
 from infra.database.delivery import Group, Received
-from infra.database.facts import EVENTS, NOTIFY, OUTBOX, Destinations, event_rows, outbox_rows
+from infra.database.facts import EVENTS, NOTIFY, OUTBOX, Destinations, said
 from infra.database.parking import IS_PARKED, lock_orders, settled
 from infra.database.pool import Connection, Pool, connection, transaction
 from schemas.codec import Codec
@@ -32,11 +33,11 @@ ENDED: Final = frozenset({AttemptStatus.SUCCEEDED, AttemptStatus.DECLINED, Attem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayObject:
-    """Whose a gateway's object is."""
+    """Whose a gateway's object is, and how the payment stood when this was asked."""
 
-    payment_id: str
     order_id: str
     attempt: int
+    payment: Payment
 
 
 def carried_out(before: Payment | None, decision: Decision) -> set[str]:
@@ -120,36 +121,55 @@ def _excluded(columns: str) -> str:
     return ", ".join(f"{column} = excluded.{column}" for column in columns.split(", "))
 
 
-_WRITE: Final = f"""
-    WITH {OUTBOX}, {EVENTS},
+# The parts of the statement that writes, by what there is to be written. A part costs its start-up even where it has no rows.
+_PARTS: Final = {
+    "said": f"{OUTBOX}, {EVENTS}",
+    "payments": f"""
     into_payments AS (
         INSERT INTO payments SELECT * FROM jsonb_populate_recordset(NULL::payments, %(payments)s::jsonb)
         ON CONFLICT (payment_id) DO UPDATE SET {_excluded(_PAYMENT_COLUMNS)},
-            holds_order = excluded.holds_order AND (payments.holds_order OR %(asked)s)),
+            holds_order = excluded.holds_order AND (payments.holds_order OR %(asked)s))""",
+    "attempts": f"""
     into_attempts AS (
         INSERT INTO attempts SELECT * FROM jsonb_populate_recordset(NULL::attempts, %(attempts)s::jsonb)
-        ON CONFLICT (payment_id, number) DO UPDATE SET {_excluded(_ATTEMPT_COLUMNS)}, open = attempts.open AND excluded.open),
+        ON CONFLICT (payment_id, number) DO UPDATE SET {_excluded(_ATTEMPT_COLUMNS)}, open = attempts.open AND excluded.open)""",
+    "charges": """
     into_transactions AS (
         INSERT INTO transactions (payment_id, order_id, kind, gateway, gateway_id, amount_minor, currency, before_minor, after_minor, at)
         SELECT * FROM jsonb_to_recordset(%(charges)s::jsonb) AS c (payment_id uuid, order_id text, kind text, gateway text, gateway_id text,
             amount_minor bigint, currency text, before_minor bigint, after_minor bigint, at timestamptz)
-        ON CONFLICT DO NOTHING),
+        ON CONFLICT DO NOTHING)""",
+    "timers": """
     into_timers AS (
         INSERT INTO timers SELECT * FROM jsonb_populate_recordset(NULL::timers, %(timers)s::jsonb)
-        ON CONFLICT (timer_id) DO UPDATE SET due_at = excluded.due_at, attempt = excluded.attempt, correlation_id = excluded.correlation_id),
-    out_of_timers AS (DELETE FROM timers WHERE timer_id = ANY (%(dropped)s::uuid[])),
+        ON CONFLICT (timer_id) DO UPDATE SET due_at = excluded.due_at, attempt = excluded.attempt, correlation_id = excluded.correlation_id)""",
+    "dropped": """
+    out_of_timers AS (DELETE FROM timers WHERE timer_id = ANY (%(dropped)s::uuid[]))""",
+    "done": """
     into_inbox AS (
         INSERT INTO inbox SELECT 'payments', done, %(now)s FROM unnest(%(done)s::uuid[]) AS done ON CONFLICT DO NOTHING),
     into_commands AS (
         UPDATE commands SET decided_at = %(now)s, outcome = %(outcome)s, refusal = %(refusal)s::jsonb
-        WHERE command_id = ANY (%(done)s::uuid[]) AND decided_at IS NULL)
-    SELECT CASE WHEN %(notify)s THEN {NOTIFY} END"""
+        WHERE command_id = ANY (%(done)s::uuid[]) AND decided_at IS NULL)""",
+}
+
+
+@lru_cache
+def _write_statement(*parts: str) -> bytes:
+    return f"WITH {', '.join(_PARTS[part] for part in parts)} SELECT {NOTIFY if 'said' in parts else 'NULL'}".encode()
+
+
+_FIND: Final = """
+    SELECT o.order_id, o.attempt, to_jsonb(p), (SELECT jsonb_agg(to_jsonb(a) ORDER BY number) FROM attempts a WHERE a.payment_id = p.payment_id)
+    FROM gateway_objects o JOIN payments p USING (payment_id) WHERE o.gateway = %(gateway)s AND o.object_id = %(object_id)s"""
 
 _REMEMBER: Final = """
     WITH kept AS (
         UPDATE attempts SET gateway_id = %(object_id)s, client_secret = coalesce(%(client_secret)s, client_secret)
         WHERE payment_id = %(payment_id)s AND number = %(number)s AND coalesce(gateway_id, %(object_id)s) = %(object_id)s)
     INSERT INTO gateway_objects VALUES (%(gateway)s, %(object_id)s, %(payment_id)s, %(order_id)s, %(number)s) ON CONFLICT DO NOTHING"""
+
+_SAY: Final = f"WITH {OUTBOX} SELECT {NOTIFY}"
 
 _DUE: Final = """
     DELETE FROM timers WHERE timer_id IN (SELECT timer_id FROM timers WHERE due_at <= %(now)s ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
@@ -185,19 +205,15 @@ class PostgresPaymentStore:
 
     async def find_object(self, gateway: str, object_id: str) -> GatewayObject | None:
         async with connection(self._pool) as conn:
-            cursor = await conn.execute(
-                "SELECT payment_id::text, order_id, attempt FROM gateway_objects WHERE gateway = %s AND object_id = %s", (gateway, object_id)
-            )
-            row = await cursor.fetchone()
-        return None if row is None else GatewayObject(payment_id=row[0], order_id=row[1], attempt=row[2])
+            row = await (await conn.execute(_FIND, {"gateway": gateway, "object_id": object_id})).fetchone()
+        return None if row is None else GatewayObject(order_id=row[0], attempt=row[1], payment=_payment(row[2], row[3]))
 
     async def fire_timers(self, now: datetime, limit: int = 100) -> int:
         async with transaction(self._pool) as conn:
             rows = await (await conn.execute(_DUE, {"now": now, "limit": limit})).fetchall()
             commands = [command_of(row, now) for row in rows]
             if commands:
-                rows_out = outbox_rows(self._codec, self._destinations, commands)
-                await conn.execute(f"WITH {OUTBOX} SELECT {NOTIFY}", {"now": now, **rows_out, "out_event_id": [None] * len(commands)})
+                await conn.execute(_SAY, {"now": now, "said": said(self._codec, self._destinations, commands)})
         return len(commands)
 
     async def oldest_unknown(self) -> datetime | None:
@@ -233,28 +249,34 @@ class _PostgresTransaction:
         await self._write(payment, decision, asked=False, consumed=True)
 
     async def pass_on(self, message: Message) -> None:
-        rows = outbox_rows(self._codec, self._destinations, [message])
-        await self._conn.execute(f"WITH {OUTBOX} SELECT {NOTIFY}", {"now": self._now, **rows, "out_event_id": [None]})
+        await self._conn.execute(_SAY, {"now": self._now, "said": said(self._codec, self._destinations, [message])})
 
     async def _write(self, payment: Payment | None, decision: Decision, *, asked: bool, consumed: bool) -> None:
         refusal = decision.refusal
+        rows: dict[str, Sequence[Any]] = {
+            "said": decision.events,
+            "payments": [_payment_row(payment)] if payment and (decision.events or self.payment is None) else [],
+            "attempts": [_attempt_row(payment, attempt, asked) for attempt in decision.attempts] if payment else [],
+            "charges": self._charges(payment, decision) if payment else [],
+            "timers": self._timers(payment, decision) if payment else [],
+            "dropped": decision.dropped_timers,
+            "done": [*carried_out(self.payment, decision) | ({self._message_id} if consumed else set())],
+        }
+        parts = [part for part in _PARTS if rows[part]]
+        if not parts:
+            return
         parameters: dict[str, Any] = {
-            **event_rows(self._codec, self._destinations, decision.events),
+            **{part: _json(rows[part]) for part in parts if part not in ("said", "dropped", "done")},
+            "said": said(self._codec, self._destinations, decision.events),
+            "dropped": list(rows["dropped"]),
+            "done": rows["done"],
             "stream": "payment",
-            "order_id": payment.order_id if payment else None,
             "now": self._now,
-            "payments": _json([_payment_row(payment)] if payment and (decision.events or self.payment is None) else []),
-            "attempts": _json([_attempt_row(payment, attempt, asked) for attempt in decision.attempts] if payment else []),
-            "charges": _json(self._charges(payment, decision) if payment else []),
-            "timers": _json(self._timers(payment, decision) if payment else []),
-            "dropped": list(decision.dropped_timers),
             "asked": asked,
-            "done": list(carried_out(self.payment, decision) | ({self._message_id} if consumed else set())),
             "outcome": "refused" if refusal else "applied",
             "refusal": _json(asdict(refusal)) if refusal else None,
-            "notify": bool(decision.events),
         }
-        await self._conn.execute(_WRITE, parameters)
+        await self._conn.execute(_write_statement(*parts), parameters)
 
     def _charges(self, payment: Payment, decision: Decision) -> list[dict[str, Any]]:
         """A row of the audit log for each attempt whose money has just been seen to move."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -19,11 +19,15 @@ from schemas.errors import Unavailable
 
 Connection = psycopg.AsyncConnection[TupleRow]
 
-_CONNECT: dict[str, Any] = {
+_CONNECT: Final[dict[str, Any]] = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "options": "-c statement_timeout=15000 -c lock_timeout=10000 -c timezone=UTC",
 }
+
+# For connections whose statements all look rows up by key: planned once, by index. Left to itself, the planner plans the long ones anew each time,
+# which costs as much as running them; or it keeps a plan that it made while the tables were small, and reads them whole when they have grown.
+_BY_KEY: Final = " -c plan_cache_mode=force_generic_plan -c enable_seqscan=off"
 
 
 class Pool(AsyncConnectionPool[Connection]):
@@ -42,8 +46,11 @@ class Pool(AsyncConnectionPool[Connection]):
 
 
 @asynccontextmanager
-async def opened_pool(settings: Database, name: str) -> AsyncIterator[Pool]:
-    """A pool of autocommit connections, opened without waiting for the server: a process starts, and is not ready, while Postgres is away."""
+async def opened_pool(settings: Database, name: str, *, by_key: bool = False) -> AsyncIterator[Pool]:
+    """A pool of autocommit connections, opened without waiting for the server: a process starts, and is not ready, while Postgres is away.
+
+    `by_key`: its statements look rows up by key, all of them.
+    """
     pool = Pool(
         settings.url.get_secret_value(),
         min_size=1,
@@ -52,7 +59,7 @@ async def opened_pool(settings: Database, name: str) -> AsyncIterator[Pool]:
         reconnect_timeout=2,  # then by whoever asks next: the pool alone would look ever less often, for up to five minutes
         open=False,
         name=name,
-        kwargs={**_CONNECT, "autocommit": True, "application_name": name},
+        kwargs={**_CONNECT, "options": _CONNECT["options"] + (_BY_KEY if by_key else ""), "autocommit": True, "application_name": name},
     )
     await pool.open(wait=False)
     try:

@@ -12,6 +12,7 @@ from processors.app import App
 
 TOPICS: Final = ("payment-events",)
 BATCH: Final = 500
+FETCH_WAIT_MS: Final = 250
 _ONE_LINE: Final = "all"
 
 

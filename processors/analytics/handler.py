@@ -19,6 +19,7 @@ from infra.crash_points import at
 from infra.database.analytics import AnalyticsStore, AnalyticsTransaction
 from infra.database.delivery import Received
 from processors.analytics.projections import project
+from processors.delivery import payment_event_in
 from schemas.errors import Rejected
 from schemas.messages import Message, PaymentEvent
 
@@ -34,7 +35,7 @@ class Deps:
 
 async def handle_batch(batch: Sequence[tuple[Received, Message]], deps: Deps) -> None:
     """Apply a batch, all of it or nothing. Raises Unavailable (nothing is lost, try again) and Rejected (one of them can never be handled)."""
-    pairs = [(received, _payment_event(received, message)) for received, message in batch]
+    pairs = [(received, payment_event_in(received, message)) for received, message in batch]
     async with deps.store.transaction([event for _, event in pairs]) as tx:
         applied = [event for received, event in pairs if await _apply(tx, received, event)]
         await tx.write()
@@ -43,13 +44,6 @@ async def handle_batch(batch: Sequence[tuple[Received, Message]], deps: Deps) ->
     if applied:
         EVENTS.inc(len(applied))
         LAG.set((deps.clock.now() - applied[-1].occurred_at).total_seconds())
-
-
-def _payment_event(received: Received, message: Message) -> PaymentEvent:
-    if not isinstance(message, PaymentEvent):
-        raise Rejected(f"{message.event_type} does not belong on {received.topic}")
-    received.expect_key(message.order_id)
-    return message
 
 
 async def _apply(tx: AnalyticsTransaction, received: Received, event: PaymentEvent) -> bool:

@@ -1,8 +1,8 @@
-"""What happens to one message of the orders group.
+"""What happens to a batch of messages of the orders group.
 
-Rule: one transaction, under the order's lock: what a payment event means for its order is decided, written and marked as applied together. An event
-that comes again has a version that was seen; the group sees a selection of a payment's events, so versions have to grow and may have gaps.
-Flow: payment-events -> keyed window -> delivery -> handle -> store (order, events, outbox) -> relay -> order-events.
+Rule: one transaction, under the orders' locks: what each payment event means for its order is decided, written and marked as applied together. An
+event that comes again has a version that was seen; the group sees a selection of a payment's events, so versions have to grow and may have gaps.
+Flow: payment-events -> window -> batch delivery -> handle_batch -> store (orders, events, outbox) -> relay -> order-events.
 
 Money for an order that is cancelled or paid already changes nothing here: it is logged and counted. The payments group gives back what it knows to be
 unwanted (a second capture, a capture of a cancelled payment).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 import structlog
@@ -20,9 +21,9 @@ from prometheus_client import Counter
 from infra.clock import Clock
 from infra.crash_points import at
 from infra.database.delivery import Received
-from infra.database.orders import OrderStore
+from infra.database.orders import OrderStore, OrderTransaction
+from processors.delivery import payment_event_in
 from processors.orders.machine import evolve, is_unwanted_capture, react
-from schemas.errors import Rejected
 from schemas.messages import Message, OrderEvent, PaymentEvent
 from schemas.state import Order
 
@@ -40,19 +41,21 @@ class Deps:
     clock: Clock
 
 
-async def handle(received: Received, message: Message, deps: Deps) -> None:
-    """Apply a payment event to its order, once. Raises Unavailable (nothing is lost, try again) and Rejected (it can never be handled)."""
-    if not isinstance(message, PaymentEvent):
-        raise Rejected(f"{message.event_type} does not belong on {received.topic}")
-    received.expect_key(message.order_id)
-    async with deps.store.transaction(received, message) as tx:
-        if tx.settled:
-            return
-        before = tx.order
-        events = react(before, message, deps.clock.now())
-        await tx.record(_after(before, events), events)
+async def handle_batch(batch: Sequence[tuple[Received, Message]], deps: Deps) -> None:
+    """Apply a batch, all of it or nothing. Raises Unavailable (nothing is lost, try again) and Rejected (one of them can never be handled)."""
+    pairs = [(received, payment_event_in(received, message)) for received, message in batch]
+    async with deps.store.transaction([event for _, event in pairs]) as tx:
+        applied = [_apply(tx, event, deps.clock.now()) for received, event in pairs if not await tx.settled(received, event)]
     await at("orders.after_record")
-    _tell(before, message, events)
+    for before, event, events in applied:
+        _tell(before, event, events)
+
+
+def _apply(tx: OrderTransaction, event: PaymentEvent, now: datetime) -> tuple[Order | None, PaymentEvent, Sequence[OrderEvent]]:
+    before = tx.orders.get(event.order_id)
+    events = react(before, event, now)
+    tx.record(event, _after(before, events), events)
+    return before, event, events
 
 
 def _after(order: Order | None, events: Sequence[OrderEvent]) -> Order | None:

@@ -116,18 +116,19 @@ async def _hint(received: Received, webhook: WebhookReceived, deps: Deps) -> Non
         # Not ours; or made a moment ago by an attempt that does not know it yet: then that attempt's own message is under way and will see it.
         WEBHOOKS.labels(webhook.gateway, "unknown_object").inc()
         return
-    async with deps.store.transaction(received, webhook.event_id, owner.payment_id) as tx:
+    snapshot = gateway.read_verified_webhook(webhook.body).observation
+    if not _is_news(owner.payment, owner.attempt, snapshot, webhook, deps.clock.now()):
+        # As most are: an answer told it before. Nothing is written, as to look at it again would find the same.
+        WEBHOOKS.labels(webhook.gateway, "no_news").inc()
+        return
+    async with deps.store.transaction(received, webhook.event_id, owner.payment.payment_id) as tx:
         if tx.settled:
             return
         if received.order_key != owner.order_id:
             WEBHOOKS.labels(webhook.gateway, "passed_on").inc()
-            await tx.pass_on(replace(webhook, order_id=owner.order_id, payment_id=owner.payment_id))
+            await tx.pass_on(replace(webhook, order_id=owner.order_id, payment_id=owner.payment.payment_id))
             return
-        payment, snapshot = tx.payment, gateway.read_verified_webhook(webhook.body).observation
-        if payment is None or not _is_news(payment, owner.attempt, snapshot, webhook, deps.clock.now()):
-            WEBHOOKS.labels(webhook.gateway, "no_news").inc()
-            await tx.begin(None, Decision(), consumed=True)
-            return
+        payment = tx.payment or owner.payment
     seen = await gateway.retrieve(webhook.object_id, timeout=deps.call_timeout_s)
     WEBHOOKS.labels(webhook.gateway, "looked_up").inc()
     await _record(received, webhook, payment, owner.attempt, seen, deps)

@@ -33,7 +33,7 @@ POINTS = {
         "gateway.after_cancel:1",
         "timers.after_fire:1",
     ),
-    "orders": ("orders.after_record:5",),
+    "orders": ("orders.after_record:1",),
     "analytics": ("analytics.before_commit:2", "analytics.after_commit:1"),
     "relay": ("relay.before_begin:3", "relay.after_produce:3", "relay.before_commit:3", "relay.after_commit:3", "relay.after_mark:3"),
     "api": ("api.after_accept:5", "producer.before_send:5", "producer.after_ack:5", "api.after_produce:5"),

@@ -12,7 +12,7 @@ import pytest
 from infra.clock import SetClock
 from infra.database.delivery import Disposition, Fault, Group, Received
 from infra.database.memory import MemoryOrderStore
-from infra.database.orders import OrderStore, PostgresOrderStore
+from infra.database.orders import OrderStore, OrderTransaction, PostgresOrderStore
 from infra.database.parking import PostgresParking
 from infra.database.pool import Pool, connection, opened_pool
 from infra.settings import Database, Settings
@@ -20,7 +20,7 @@ from processors.orders.machine import evolve, react
 from schemas.codec import Codec
 from schemas.errors import Unavailable
 from schemas.messages import PaymentEvent
-from schemas.state import Order
+from schemas.state import Order, OrderStatus
 from schemas.topics import destinations
 from tests.processors.payment_events import NOW, ORDER_ID, PAYMENT_ID, cancelled, completed, failed, initiated, processing
 
@@ -47,16 +47,30 @@ def store(pool: Pool | None) -> OrderStore:
     return MemoryOrderStore() if pool is None else PostgresOrderStore(pool, Codec.unregistered(), destinations, SetClock(NOW))
 
 
+def step(tx: OrderTransaction, event: PaymentEvent) -> None:
+    order = tx.orders.get(event.order_id)
+    facts = react(order, event, NOW)
+    for fact in facts:
+        order = evolve(order, fact)
+    tx.record(event, order, facts)
+
+
 async def apply(store: OrderStore, *events: PaymentEvent) -> Order | None:
     """Apply payment events, each in a transaction of its own. Returns the order as it stands."""
     for event in events:
-        async with store.transaction(RECEIVED, event) as tx:
-            order, facts = tx.order, react(tx.order, event, NOW)
-            for fact in facts:
-                order = evolve(order, fact)
-            await tx.record(order, facts)
-    async with store.transaction(RECEIVED, initiated()) as tx:
-        return tx.order
+        async with store.transaction([event]) as tx:
+            step(tx, event)
+    return await kept(store)
+
+
+async def kept(store: OrderStore) -> Order | None:
+    async with store.transaction([initiated()]) as tx:
+        return tx.orders.get(ORDER_ID)
+
+
+async def is_settled(store: OrderStore, event: PaymentEvent, received: Received = RECEIVED) -> bool:
+    async with store.transaction([event]) as tx:
+        return await tx.settled(received, event)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +90,23 @@ async def test_what_was_written_is_loaded_again(store: OrderStore, events: tuple
     assert await apply(store, *events) == expected
 
 
+async def test_a_batch_is_applied_as_its_events_one_by_one_are(store: OrderStore) -> None:
+    other = initiated(order_id="ord_2", payment_id="f" * 32)
+    batch = [initiated(), other, failed(3), processing(4, attempt=2), completed(5)]
+    async with store.transaction(batch) as tx:
+        for event in batch:
+            assert not await tx.settled(RECEIVED, event)
+            step(tx, event)
+            assert await tx.settled(RECEIVED, event), "its second copy in the same batch is passed over"
+    order = await kept(store)
+    assert order is not None
+    assert (order.status, order.version) == (OrderStatus.PENDING, 4)
+    assert await is_settled(store, other)
+
+
 async def test_nothing_is_there_at_first(store: OrderStore) -> None:
-    async with store.transaction(RECEIVED, initiated()) as tx:
-        assert (tx.settled, tx.order) == (False, None)
+    async with store.transaction([initiated()]) as tx:
+        assert (await tx.settled(RECEIVED, initiated()), tx.orders) == (False, {})
 
 
 async def test_a_version_that_was_applied_is_settled_and_a_later_one_is_not(store: OrderStore) -> None:
@@ -90,33 +118,31 @@ async def test_a_version_that_was_applied_is_settled_and_a_later_one_is_not(stor
         (processing(4), False),
         (initiated(payment_id="f" * 32), False),
     ]:
-        async with store.transaction(RECEIVED, event) as tx:
-            assert tx.settled is settled
+        assert await is_settled(store, event) is settled
 
 
 async def test_an_event_that_moves_nothing_is_applied_all_the_same(store: OrderStore) -> None:
     order = await apply(store, initiated())
-    async with store.transaction(RECEIVED, processing(2)) as tx:
-        await tx.record(tx.order, ())
-    async with store.transaction(RECEIVED, processing(2)) as tx:
-        assert (tx.settled, tx.order) == (True, order)
+    async with store.transaction([processing(2)]) as tx:
+        tx.record(processing(2), tx.orders[ORDER_ID], ())
+    assert await is_settled(store, processing(2))
+    assert await kept(store) == order
 
 
 async def test_a_block_that_raises_leaves_nothing(store: OrderStore) -> None:
     with pytest.raises(ZeroDivisionError):
-        async with store.transaction(RECEIVED, initiated()) as tx:
-            facts = react(None, initiated(), NOW)
-            await tx.record(evolve(None, facts[0]), facts)
+        async with store.transaction([initiated()]) as tx:
+            step(tx, initiated())
             raise ZeroDivisionError
-    async with store.transaction(RECEIVED, initiated()) as tx:
-        assert (tx.settled, tx.order) == (False, None)
+    assert await kept(store) is None
+    assert not await is_settled(store, initiated())
 
 
 async def test_transactions_of_one_order_wait_for_each_other(store: OrderStore) -> None:
     entered: list[str] = []
 
     async def enter(name: str, gate: asyncio.Event) -> None:
-        async with store.transaction(RECEIVED, initiated()):
+        async with store.transaction([initiated()]):
             entered.append(name)
             await gate.wait()
 
@@ -165,12 +191,9 @@ class TestOnPostgres:
         fault = Fault(disposition=Disposition.POISON, error_class="Rejected", message="not Avro")
         await PostgresParking(pool, SetClock(NOW)).park(Group.ORDERS, RECEIVED, None, fault)
         for _ in range(2):
-            async with store.transaction(replace(RECEIVED, offset=8), completed(3)) as tx:
-                assert tx.settled
-        async with store.transaction(replace(RECEIVED, offset=1), initiated()) as tx:
-            assert tx.settled, "what was applied before its order was parked is not parked"
-        async with store.transaction(replace(RECEIVED, key=b"ord_2"), initiated(order_id="ord_2", payment_id="f" * 32)) as tx:
-            assert not tx.settled
+            assert await is_settled(store, completed(3), replace(RECEIVED, offset=8))
+        assert await is_settled(store, initiated(), replace(RECEIVED, offset=1)), "what was applied before its order was parked is not parked"
+        assert not await is_settled(store, initiated(order_id="ord_2", payment_id="f" * 32), replace(RECEIVED, key=b"ord_2"))
         assert await self.rows(pool, 'SELECT "offset", disposition FROM parked_messages ORDER BY id') == [(7, "poison"), (8, "blocked")]
 
     @pytest.mark.parametrize("key", [None, b"", b"\xff", b"ord\0"])
@@ -183,12 +206,11 @@ class TestOnPostgres:
     async def test_other_groups_parked_orders_do_not_count(self, store: OrderStore, pool: Pool) -> None:
         fault = Fault(disposition=Disposition.POISON, error_class="Rejected", message="not Avro")
         await PostgresParking(pool, SetClock(NOW)).park(Group.PAYMENTS, RECEIVED, None, fault)
-        async with store.transaction(RECEIVED, initiated()) as tx:
-            assert not tx.settled
+        assert not await is_settled(store, initiated())
 
     async def test_the_database_gone_is_unavailable(self) -> None:
         async with opened_pool(Database(url="postgresql://nobody@127.0.0.1:1/none"), "test") as nowhere:
             lost = PostgresOrderStore(nowhere, Codec.unregistered(), destinations, SetClock(NOW))
             with pytest.raises(Unavailable, match="Postgres"):
-                async with lost.transaction(RECEIVED, initiated()):
+                async with lost.transaction([initiated()]):
                     pass

@@ -169,7 +169,8 @@ async def test_a_gateways_object_is_found_once_it_is_remembered(store: PaymentSt
         await store.remember(payment, 1, Created(gateway_id="pi_9", client_secret="pi_9_secret"))
     found = await store.find_object("stripe", "pi_9")
     assert found is not None
-    assert (found.payment_id, found.order_id, found.attempt) == (PAYMENT_ID, "ord_1", 1)
+    assert (found.payment.payment_id, found.order_id, found.attempt) == (PAYMENT_ID, "ord_1", 1)
+    assert found.payment.attempts[0].gateway_id == "pi_9"
     async with opened(store, again=True) as tx:
         assert (tx.payment.attempt.gateway_id, tx.payment.attempt.client_secret) == ("pi_9", "pi_9_secret")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from infra.database.orders import PostgresOrderStore
 from infra.database.parking import PostgresParking
 from infra.database.pool import Pool, connection, opened_pool
 from infra.settings import Settings
-from processors.delivery import Delivery, Failures, Halt
+from processors.delivery import BatchDelivery, Failures, Halt
 from processors.keyed_window import Gate
-from processors.orders.handler import Deps, handle
+from processors.orders.handler import Deps, handle_batch
 from processors.orders.machine import WANTED, evolve
 from schemas.codec import Codec, headers
 from schemas.messages import Event, OrderEvent, PaymentCompleted
@@ -31,6 +31,8 @@ pytestmark = pytest.mark.integration
 
 CODEC = Codec.unregistered()
 
+Deliver = Callable[..., Awaitable[None]]
+
 
 @pytest.fixture
 async def pool(database: Settings) -> AsyncIterator[Pool]:
@@ -39,11 +41,12 @@ async def pool(database: Settings) -> AsyncIterator[Pool]:
 
 
 @pytest.fixture
-def deliver(pool: Pool) -> Delivery:
+def deliver(pool: Pool) -> Deliver:
     clock, gate, parking = SetClock(NOW), Gate(), PostgresParking(pool, SetClock(NOW))
     deps = Deps(store=PostgresOrderStore(pool, CODEC, destinations, clock), clock=clock)
     failures = Failures(Group.ORDERS, parking, gate, Halt(Group.ORDERS, parking, gate), max_bugs=20)
-    return Delivery(failures, CODEC, lambda record, message: handle(record, message, deps), WANTED)
+    together = BatchDelivery(failures, CODEC, lambda batch: handle_batch(batch, deps), WANTED)
+    return lambda *records: together(records)
 
 
 def records(events: Iterable[Event], first_offset: int = 0) -> list[Received]:
@@ -55,10 +58,12 @@ async def rows(pool: Pool, query: str) -> list[Any]:
         return await (await conn.execute(query.encode())).fetchall()
 
 
-async def test_each_order_is_what_its_events_say_and_is_paid_if_its_payment_is(deliver: Delivery, pool: Pool) -> None:
+@pytest.mark.parametrize("size", [1, 7, 1000])
+async def test_each_order_is_what_its_events_say_and_is_paid_if_its_payment_is(deliver: Deliver, pool: Pool, size: int) -> None:
     streams = histories()
-    for record in records(interleaved(streams)):
-        await deliver(record)
+    everything = records(interleaved(streams))
+    for first in range(0, len(everything), size):
+        await deliver(*everything[first : first + size])
     kept = {order: (status, version) for order, status, version in await rows(pool, "SELECT order_id, status, version FROM orders")}
     folded: dict[str, Any] = {}
     for value, names in await rows(pool, "SELECT value, headers FROM outbox ORDER BY seq"):
@@ -73,7 +78,7 @@ async def test_each_order_is_what_its_events_say_and_is_paid_if_its_payment_is(d
     assert await rows(pool, "SELECT count(*) FROM parked_messages") == [(0,)]
 
 
-async def test_a_replay_changes_nothing_and_says_nothing(deliver: Delivery, pool: Pool) -> None:
+async def test_a_replay_changes_nothing_and_says_nothing(deliver: Deliver, pool: Pool) -> None:
     everything = "SELECT (SELECT array_agg(o ORDER BY order_id) FROM orders o)::text, (SELECT count(*) FROM outbox), (SELECT count(*) FROM events)"
     batch = records(interleaved(histories()))
     for record in batch:
@@ -84,14 +89,14 @@ async def test_a_replay_changes_nothing_and_says_nothing(deliver: Delivery, pool
     assert await rows(pool, everything) == once
 
 
-async def test_the_same_record_twice_at_once_is_applied_once(deliver: Delivery, pool: Pool) -> None:
+async def test_the_same_record_twice_at_once_is_applied_once(deliver: Deliver, pool: Pool) -> None:
     """As when the worker before has not finished what the new one reads again."""
     for record in records([say.initiated(), say.processing(), say.completed()]):
         await asyncio.gather(*(deliver(record) for _ in range(5)))
     assert await rows(pool, "SELECT event_type FROM events ORDER BY version") == [("ORDER_PLACED",), ("ORDER_CREATED",)]
 
 
-async def test_a_crash_after_the_commit_is_made_good_by_the_same_record_again(deliver: Delivery, pool: Pool) -> None:
+async def test_a_crash_after_the_commit_is_made_good_by_the_same_record_again(deliver: Deliver, pool: Pool) -> None:
     class Crash(BaseException):
         pass
 
@@ -110,7 +115,7 @@ async def test_a_crash_after_the_commit_is_made_good_by_the_same_record_again(de
     ]
 
 
-async def test_poison_parks_its_order_and_no_other(deliver: Delivery, pool: Pool) -> None:
+async def test_poison_parks_its_order_and_no_other(deliver: Deliver, pool: Pool) -> None:
     broken, whole = records([say.initiated(), say.completed()]), records(histories()[0], first_offset=10)
     broken[0] = replace(broken[0], value=b"\x00\x00\x00\x00\x01 not Avro")
     for _ in range(2):
@@ -120,7 +125,14 @@ async def test_poison_parks_its_order_and_no_other(deliver: Delivery, pool: Pool
     assert await rows(pool, "SELECT order_id FROM orders") == [(whole[0].order_key,)]
 
 
-async def test_types_that_move_no_order_are_not_even_looked_at(deliver: Delivery, pool: Pool) -> None:
+async def test_what_comes_before_poison_in_a_batch_is_applied_and_what_comes_after_waits(deliver: Deliver, pool: Pool) -> None:
+    first, poison, last = records([say.initiated(), say.failed(3), say.processing(4, attempt=2)])
+    await deliver(first, replace(poison, value=b"\x00\x00\x00\x00\x01 not Avro"), last)
+    assert await rows(pool, 'SELECT "offset", disposition FROM parked_messages ORDER BY id') == [(1, "poison"), (2, "blocked")]
+    assert await rows(pool, "SELECT status FROM orders") == [("PAYMENT_PENDING",)]
+
+
+async def test_types_that_move_no_order_are_not_even_looked_at(deliver: Deliver, pool: Pool) -> None:
     (record,) = records([say.authorized(1)])
     await deliver(replace(record, value=b"not looked at"))
     assert await rows(pool, "SELECT (SELECT count(*) FROM parked_messages), (SELECT count(*) FROM stream_positions)") == [(0, 0)]

@@ -67,7 +67,7 @@ def crash(start: StartProgram, settings: Settings, group: str, point: str) -> No
 def test_orders_survive_a_kill_and_their_events_are_on_kafka_once(settings: Settings, codec: Codec, start: StartProgram, query: Query) -> None:
     streams = histories(4)
     publish(settings, codec, interleaved(streams))
-    crash(start, settings, "orders", "orders.after_record:30")
+    crash(start, settings, "orders", "orders.after_record:2")
     start("relay", settings=settings)
     start("worker", "orders", settings=settings)
     until(lambda: query("SELECT count(*) FROM orders") == [(len(streams),)], 40, "every order is there")

@@ -316,11 +316,11 @@ async def test_a_command_with_an_id_that_is_none_is_poison(shop: Shop, wrong: st
 
 
 async def test_twenty_bugs_halt_the_group_until_somebody_resumes_it(shop: Shop) -> None:
-    """A table that is not there, as after half a migration: no message is to blame, and each would fail."""
+    """A table that takes no row, as after half a migration: no message is to blame, and each would fail."""
     pipeline = shop.pipeline
     worker = pipeline.workers["payments"]
     known, failing, waiting = pipeline.parked(), [shop.order("bug") for _ in range(20)], [shop.order() for _ in range(5)]
-    with pipeline.broken("ALTER TABLE transactions RENAME TO transactions_away", "ALTER TABLE transactions_away RENAME TO transactions"):
+    with pipeline.broken("ALTER TABLE attempts ADD CONSTRAINT none CHECK (number < 0) NOT VALID", "ALTER TABLE attempts DROP CONSTRAINT none"):
         failed = await asyncio.gather(*(shop.pay(order, wait_s=None) for order in failing))
 
         async def halted() -> bool:
@@ -332,7 +332,7 @@ async def test_twenty_bugs_halt_the_group_until_somebody_resumes_it(shop: Shop) 
         assert (await asyncio.to_thread(get, worker, "/livez"))["status"] == "live"
     assert (await asyncio.to_thread(get, worker, "/readyz?verbose"))["status"] == "not ready", "mending alone does not let it go on"
     parked = pipeline.parked()[len(known) :]
-    assert sorted(parked) == sorted(("bug", order, "UndefinedTable") for order in failing)
+    assert sorted(parked) == sorted(("bug", order, "CheckViolation") for order in failing)
     resumed = await asyncio.to_thread(paystream, pipeline, "resume", "payments", "--as", "alice")
     assert (resumed.returncode, resumed.stderr) == (0, "payments goes on\n")
     for answer in accepted:

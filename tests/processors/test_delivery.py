@@ -265,9 +265,9 @@ async def test_a_batch_is_handled_together() -> None:
         seen.append([received.offset for received, _ in batch])
 
     skipped = replace(record(), headers=(("ce_type", b"SomethingElse"),))
-    await batches(world, handle)([record(offset=1), skipped, record(b"rubbish", offset=2), record(offset=3)])
-    assert seen == [[1, 3]]
-    assert [received.offset for received, _, _ in world.parking.parked] == [2]
+    await batches(world, handle)([record(offset=1), skipped, record(offset=2), record(b"rubbish", offset=3), record(offset=4)])
+    assert seen == [[1, 2], [4]], "what is before poison is applied before it is parked"
+    assert [received.offset for received, _, _ in world.parking.parked] == [3]
 
 
 async def test_a_batch_waits_for_postgres_as_a_whole() -> None:

@@ -12,7 +12,7 @@ from infra.clock import SetClock
 from infra.crash_points import plugged
 from infra.database.delivery import Received
 from infra.database.memory import MemoryOrderStore
-from processors.orders.handler import Deps, handle
+from processors.orders.handler import Deps, handle_batch
 from schemas.errors import Rejected
 from schemas.messages import Message
 from schemas.state import OrderStatus
@@ -34,7 +34,7 @@ def store() -> MemoryOrderStore:
 async def deliver(store: MemoryOrderStore, *messages: Message, key: bytes | None = ORDER_ID.encode()) -> None:
     for message in messages:
         received = Received(topic="payment-events", partition=0, offset=0, timestamp_ms=None, key=key, value=b"")
-        await handle(received, message, Deps(store=store, clock=SetClock(NOW)))
+        await handle_batch([(received, message)], Deps(store=store, clock=SetClock(NOW)))
 
 
 def told(store: MemoryOrderStore) -> list[str]:
