@@ -259,6 +259,8 @@ def _confirm(payment: Payment, command: ConfirmPayment, now: datetime, order_hel
 
 
 def _capture(payment: Payment, command: CapturePayment, now: datetime) -> Decision | Refusal:
+    if payment.status is PROCESSING and payment.capture_method == "manual" and payment.attempt.operation is not None:
+        return _busy(payment.attempt.operation)  # it may be AUTHORIZED in a moment
     if payment.status is not AUTHORIZED:
         return Refusal(code="not_authorized", message=f"only an AUTHORIZED payment can be captured; this one is {payment.status}")
     if payment.attempt.operation is not None:

@@ -16,13 +16,14 @@ from processors.payments.machine import (
     TRANSITIONS,
     decide,
     evolve,
+    fold,
     observe,
 )
-from schemas.decisions import Refusal
+from schemas.decisions import Decision, Refusal
 from schemas.errors import IllegalTransition
 from schemas.messages import ExpirePayment, PaymentEvent, PaymentRefundInitiated, ResolveAttempt, leaves
 from schemas.state import AttemptStatus, Payment, PaymentStatus, Step
-from tests.processors.payment_paths import COMMANDS, NOW, OBSERVATIONS, PATHS, PAYMENT_ID, step, walked
+from tests.processors.payment_paths import COMMANDS, NOW, OBSERVATIONS, PATHS, PAYMENT_ID, initiate, step, walked
 
 pytestmark = pytest.mark.unit
 
@@ -206,3 +207,24 @@ def test_the_second_capture_of_an_order_is_refunded() -> None:
 def test_secrets_do_not_show_when_an_attempt_is_printed() -> None:
     pending = walked("pending")
     assert "secret_x" not in repr(pending)
+
+
+@pytest.mark.parametrize(
+    ("capture_method", "path", "code"),
+    [
+        ("manual", ("initiate", "created"), "not_authorized"),
+        ("manual", ("unknown",), "operation_pending"),
+        ("manual", ("unknown", "authorized", "capture"), "operation_pending"),
+        ("automatic", ("unknown",), "not_authorized"),
+    ],
+)
+def test_a_capture_behind_a_hold_whose_outcome_is_unknown_may_be_tried_again(capture_method: str, path: tuple[str, ...], code: str) -> None:
+    opened = decide(None, initiate(confirm=path[0] != "initiate", capture_method=capture_method), NOW)
+    assert isinstance(opened, Decision)
+    payment: Payment | None = fold(None, opened)
+    for name in path:
+        if name != "initiate":
+            payment, _ = step(payment, name)
+    _, decision = step(payment, "capture a part")
+    assert decision.refusal is not None
+    assert decision.refusal.code == code
