@@ -50,7 +50,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     Command("status", "api.cli.stack:status", "Show the local stack's services and how to reach them."),
     Command("logs", "api.cli.stack:logs", "Print the log of one service of the local stack."),
     Command("token", "api.cli.token:token", "Print a bearer token for trying the API out."),
-    Command("bench", "api.cli.bench:bench", "Measure the pipeline: latency, payments per second, CPU and memory."),
+    Command("bench", "api.cli.bench.command:bench", "Measure the pipeline: latency, payments per second, CPU and memory."),
     Command("migrate", "api.cli.migrate:migrate", "Bring the database to the newest revision."),
     Command("topics", "api.cli.topics:app", "Make Kafka's topics match kafka-topics.yaml, or show where they differ."),
     Command("schemas", "api.cli.schemas:app", "Register the Avro schemas, or check that they are compatible."),

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from schemas.errors import Unavailable
 
+Session = aiohttp.ClientSession
 _TRY_AGAIN: Final = frozenset({429, 502, 503, 504})
 _PATIENCE_S: Final = 60.0
 
@@ -43,7 +46,7 @@ class Answer:
 class Caller:
     """Calls the intake as one user. Raises Unavailable when nothing answers for a minute."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, token: str) -> None:
+    def __init__(self, session: Session, base_url: str, token: str) -> None:
         self._session, self._base = session, base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"}
 
@@ -79,7 +82,7 @@ class Caller:
 class Bank:
     """The sandbox's other side: the customer, faults to order, and the ledger."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str) -> None:
+    def __init__(self, session: Session, base_url: str) -> None:
         self._session, self._base = session, base_url.rstrip("/")
 
     async def ledger(self) -> list[dict[str, Any]]:
@@ -106,7 +109,7 @@ class Bank:
         return int((await self._ask("GET", "/_sandbox/health"))["pending_webhooks"])
 
     async def change(self, **settings: Any) -> dict[str, Any]:
-        """Set how the issuers behave: `success_rate`. Returns the settings as they were."""
+        """Set how the gateway behaves: `latency` of a call, `success_rate`. Returns the settings as they were."""
         return await self._ask("POST", "/_sandbox/settings", json=settings)
 
     async def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
@@ -120,9 +123,19 @@ class Bank:
             raise Unavailable("the sandbox", type(error).__name__) from error
 
 
+async def scraped(session: Session, base_url: str) -> list[Sample]:
+    """The metrics of a process of ours, as Prometheus would see them now. Raises Unavailable."""
+    try:
+        async with session.get(f"{base_url}/metrics", raise_for_status=True) as answer:
+            text = await answer.text()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise Unavailable(f"the process at {base_url}", type(error).__name__) from error
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
 @asynccontextmanager
-async def opened_session(connections: int = 100) -> AsyncIterator[aiohttp.ClientSession]:
+async def opened_session(connections: int = 100) -> AsyncIterator[Session]:
     """An HTTP session for a Caller and a Bank."""
     connector = aiohttp.TCPConnector(limit=connections)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=45)) as session:
+    async with Session(connector=connector, timeout=aiohttp.ClientTimeout(total=45)) as session:
         yield session

@@ -1,7 +1,8 @@
 """The folder of one stack: its ports, its secrets, its data, its logs, and the record of what runs.
 
 Rule: everything that a stack remembers is in here (Postgres's data only by a link, where its user can't reach this folder), so a second folder is a
-second stack. `state.json` has one writer, the supervisor, which holds `lock` as long as it lives; whoever reads it sees a whole file.
+second stack. `state.json` has one writer, the supervisor, which holds `lock` as long as it lives; whoever reads it sees a whole file. Locks are the
+kernel's: who holds one and ends, however that may be, holds it no more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import secrets
 import shutil
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -119,7 +121,7 @@ class Home:
             (self.path / name).unlink(missing_ok=True)
 
     def lock(self) -> int | None:
-        """Become the supervisor: the descriptor of the lock, or None if there is one. The kernel drops it with the process that holds it."""
+        """Become the supervisor: the descriptor of the lock, or None if there is one."""
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         for _ in range(20):
@@ -132,17 +134,21 @@ class Home:
 
     def supervised(self) -> bool:
         """Does a supervisor live?"""
-        try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return _is_locked(self.path / "lock")
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Within the block the supervisor does not start this service again."""
+        with self._hold(name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def is_held(self, name: str) -> bool:
+        """Does somebody want this service not to run?"""
+        return _is_locked(self._hold(name))
+
+    def _hold(self, name: str) -> Path:
+        return self.path / f"{name}.hold"
 
     def read_state(self) -> State:
         raw = self._read("state.json")
@@ -194,6 +200,21 @@ class Home:
 
     def _write(self, name: str, content: dict[str, Any], mode: int = 0o644) -> None:
         self.write(name, json.dumps(content, indent=1), mode)
+
+
+def _is_locked(path: Path) -> bool:
+    """Does a process hold this lock?"""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _new_secrets() -> dict[str, str]:

@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ from infra.settings import Settings
 _START_S: Final = 180.0
 _STOP_S: Final = 150.0
 _LEFTOVER_S: Final = 20.0
+_SERVICE_STOP_S: Final = 45.0
 _POLL_S: Final = 0.05
 
 Progress = Callable[[str], None]
@@ -95,6 +96,20 @@ class Stack:
         elif was_running and supervisor is not None:
             supervisor.end(signal.SIGTERM, _STOP_S)
         return self._end_leftovers(lambda _: None) or was_running
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """Within the block one of our own processes is stopped, so that something else can take its place; at the end it runs again, and answers.
+
+        It comes back even if this process is killed meanwhile: the supervisor sees to that. Raises StackError if it does not come back.
+        """
+        try:
+            with self.home.holding(name):
+                if (identity := self.home.read_state().records[name].identity) is not None:
+                    identity.end(signal.SIGTERM, _SERVICE_STOP_S)
+                yield
+        finally:
+            self._revive(lambda _: None)
 
     @property
     def running(self) -> bool:

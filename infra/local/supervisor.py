@@ -1,7 +1,8 @@
 """The parent of all processes of a stack: starts them, starts our own again when they end, stops them all.
 
 Rule: one supervisor per folder (it holds the folder's lock), and it alone writes `state.json`. SIGTERM stops the stack; SIGUSR1 brings back what has
-ended; on a leash (standard input is a pipe) the stack ends with whoever holds the other end, even if that one was killed.
+ended; on a leash (standard input is a pipe) the stack ends with whoever holds the other end, even if that one was killed. A service that somebody
+holds (`Home.holding`) is not started again until they let go.
 Flow: Stack.start() spawns `python -m infra.local.supervisor FOLDER` -> state.json says how far it is -> Stack reads it.
 """
 
@@ -64,7 +65,7 @@ class Supervisor:
             time.sleep(_POLL_S)
             if self.reviving:
                 self.reviving = False
-                self._bring_up([name for name, program in self._programs.items() if not program.running])
+                self._bring_up([name for name, program in self._programs.items() if not program.running and not self._home.is_held(name)])
             self._watch()
         self._write("stopping")
         self._take_down()
@@ -118,9 +119,13 @@ class Supervisor:
                 self._quick_ends[name] = 0 if age > _STEADY_S else self._quick_ends.get(name, -1) + 1
                 self._note(name, "ended")
                 self._started[name] = time.monotonic()
-            elif isinstance(part, Service) and part.ours and age > _BACKOFF_S[min(self._quick_ends[name], len(_BACKOFF_S) - 1)]:
+            elif isinstance(part, Service) and part.ours and age > self._rest_s(name) and not self._home.is_held(name):
                 record.restarts += 1
                 self._start(part)
+
+    def _rest_s(self, name: str) -> float:
+        """How long a service that ended stays down: the longer, the quicker it ended the last times."""
+        return _BACKOFF_S[min(self._quick_ends[name], len(_BACKOFF_S) - 1)]
 
     def _take_down(self) -> None:
         """Stop what nothing needs any more, then what only that needed, and so on."""

@@ -106,6 +106,14 @@ def test_a_damaged_file_is_named(home: Home) -> None:
         home.read_state()
 
 
+def test_a_hold_ends_with_its_block(home: Home) -> None:
+    home.prepare()
+    assert not home.is_held("worker")
+    with home.holding("worker"):
+        assert (home.is_held("worker"), home.is_held("relay")) == (True, False)
+    assert not home.is_held("worker")
+
+
 def test_there_is_one_supervisor_and_looking_does_not_keep_it_out(home: Home) -> None:
     assert not home.supervised()
     lock = home.lock()

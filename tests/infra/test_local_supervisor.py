@@ -153,6 +153,22 @@ def test_ours_is_started_again_and_counted_and_the_rest_waits_to_be_revived(home
         assert home.read_state().records["database"].identity != before["database"].identity
 
 
+def test_what_somebody_holds_stays_down_until_they_let_go(home: Home, diary: Diary) -> None:
+    supervisor = Supervisor(home, [diary.service("worker", ours=True)])
+    with supervising(supervisor):
+        until(lambda: home.read_state().phase == "running")
+        identity = home.read_state().records["worker"].identity
+        assert identity is not None
+        with home.holding("worker"):
+            psutil.Process(identity.pid).kill()
+            until(lambda: home.read_state().records["worker"].condition == "ended")
+            supervisor.revive()
+            until(lambda: not supervisor.reviving)
+            assert home.read_state().records["worker"].restarts == 0
+        until(lambda: home.read_state().records["worker"].condition == "healthy")
+    assert diary.lines.count("+worker") == 2
+
+
 def test_who_ends_again_and_again_is_started_after_longer_and_longer_pauses(home: Home, diary: Diary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.local.supervisor._BACKOFF_S", (0.0, 0.0, 3600.0))
     with supervising(Supervisor(home, [diary.service("worker", ENDS_SOON, ours=True)])):
