@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
@@ -38,6 +38,22 @@ def unavailable(error: KafkaError) -> Unavailable:
     return Unavailable("Kafka", f"{error.str()} ({error.name()})")
 
 
+def committed_reader(settings: Settings, **options: Any) -> confluent_kafka.Consumer:
+    """A consumer of committed records that is told what to read: it subscribes to nothing and commits nothing."""
+    return confluent_kafka.Consumer(
+        client_config(settings.kafka)
+        | {
+            "client.id": settings.service,
+            "logger": logging.getLogger("librdkafka"),
+            "group.id": f"{settings.prefix}paystream-{settings.service}",  # the client wants one
+            "isolation.level": "read_committed",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+            **options,
+        }
+    )
+
+
 class CommittedLog:
     """A reader of one partition after the other. Topics are without prefix. Every method raises Unavailable while Kafka is away."""
 
@@ -45,19 +61,8 @@ class CommittedLog:
         self._prefix = settings.prefix
         self._next = 0
         self._end = 0
-        self._consumer = confluent_kafka.Consumer(
-            client_config(settings.kafka)
-            | {
-                "client.id": settings.service,
-                "logger": logging.getLogger("librdkafka"),
-                "group.id": f"{settings.prefix}paystream-{settings.service}",  # the client wants one; nothing is subscribed to or committed
-                "isolation.level": "read_committed",
-                "enable.auto.commit": False,
-                "auto.offset.reset": "earliest",
-                "enable.partition.eof": True,
-                "fetch.wait.max.ms": 20,  # at the end there is nothing to wait for
-            }
-        )
+        at_the_end = {"enable.partition.eof": True, "fetch.wait.max.ms": 20}  # there is nothing to wait for
+        self._consumer = committed_reader(settings, **at_the_end)
 
     def partitions(self, topic: str) -> list[int]:
         name = self._prefix + topic

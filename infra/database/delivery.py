@@ -41,6 +41,11 @@ class Received:
         except UnicodeDecodeError:
             return None
 
+    @property
+    def traceparent(self) -> bytes | None:
+        """The trace that the message is part of (W3C Trace Context), for what is said because of it."""
+        return next((value for name, value in self.headers if name == "traceparent"), None)
+
     def expect_key(self, order_id: str) -> None:
         """Raises Rejected unless the message's key is its order: the order's lock would not be its lock, and order would not hold."""
         if self.order_key != order_id:

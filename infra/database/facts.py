@@ -39,20 +39,22 @@ EVENTS: Final = """
 NOTIFY: Final = "pg_notify('outbox', '')"
 
 
-def said(codec: Codec, destinations: Destinations, messages: Iterable[Message]) -> str:
-    """The parameter `said` of `OUTBOX` and `EVENTS`: the messages, in order, as JSON. Raises Rejected for one that does not fit its schema.
+def said(codec: Codec, destinations: Destinations, messages: Iterable[tuple[Message, bytes | None]]) -> str:
+    """The parameter `said` of `OUTBOX` and `EVENTS`: messages and the `traceparent` of what caused each, in order, as JSON.
 
-    One parameter, because each array among the parameters would cost the driver more than all else of a statement.
+    Raises Rejected for one that does not fit its schema. It is one parameter because each array among the parameters would cost the driver more than
+    all else of a statement.
     """
-    return orjson.dumps([_row(codec, destinations, message) for message in messages]).decode()
+    return orjson.dumps([_row(codec, destinations, message, traceparent) for message, traceparent in messages]).decode()
 
 
-def _row(codec: Codec, destinations: Destinations, message: Message) -> dict[str, Any]:
+def _row(codec: Codec, destinations: Destinations, message: Message, traceparent: bytes | None) -> dict[str, Any]:
+    trace = (("traceparent", traceparent),) if traceparent else ()
     row: dict[str, Any] = {
         "topics": ",".join(destinations(type(message).__name__)),
         "key": message.key or None,
         "value": base64.b64encode(codec.encode(message)).decode(),
-        "headers": _pairs(headers(message)),
+        "headers": _pairs((*headers(message), *trace)),
     }
     if isinstance(message, Event):
         entity_id = message.order_id if isinstance(message, OrderEvent) else message.payment_id

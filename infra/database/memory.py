@@ -187,7 +187,7 @@ class _MemoryOrderTransaction:
             self.parked.append(received)
         return seen or parked
 
-    def record(self, event: PaymentEvent, order: Order | None, events: Sequence[OrderEvent]) -> None:
+    def record(self, received: Received, event: PaymentEvent, order: Order | None, events: Sequence[OrderEvent]) -> None:
         self.moved[event.payment_id] = self._positions[event.payment_id] = event.version
         self.events += events
         if order is not None:

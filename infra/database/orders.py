@@ -34,7 +34,7 @@ class OrderTransaction(Protocol):
         """Is nothing to be done for this event? It was applied before, or its order is parked: then it is parked behind, here."""
         ...
 
-    def record(self, event: PaymentEvent, order: Order | None, events: Sequence[OrderEvent]) -> None:
+    def record(self, received: Received, event: PaymentEvent, order: Order | None, events: Sequence[OrderEvent]) -> None:
         """What followed from the payment event, which is applied herewith; `order` is what it is afterwards."""
         ...
 
@@ -85,7 +85,7 @@ class PostgresOrderStore:
 class _PostgresTransaction:
     def __init__(self, conn: Connection, now: datetime) -> None:
         self._conn, self._now = conn, now
-        self._events: list[OrderEvent] = []
+        self._events: list[tuple[OrderEvent, bytes | None]] = []
         self._moved: dict[str, int] = {}
         self.orders: dict[str, Order] = {}
 
@@ -103,16 +103,16 @@ class _PostgresTransaction:
         seen, parked = self._positions.get(event.payment_id, 0) >= event.version, event.order_id in self._parked
         return await settled(self._conn, Group.ORDERS, received, event.event_id, self._now, seen=seen, parked=parked)
 
-    def record(self, event: PaymentEvent, order: Order | None, events: Sequence[OrderEvent]) -> None:
+    def record(self, received: Received, event: PaymentEvent, order: Order | None, events: Sequence[OrderEvent]) -> None:
         self._moved[event.payment_id] = self._positions[event.payment_id] = event.version
-        self._events += events
+        self._events += [(fact, received.traceparent) for fact in events]
         if order is not None:
             self.orders[event.order_id] = order
 
     async def write(self, codec: Codec, destinations: Destinations) -> None:
         if not self._moved:
             return
-        changed = {event.order_id for event in self._events}
+        changed = {event.order_id for event, _ in self._events}
         parameters: dict[str, Any] = {
             "group": Group.ORDERS,
             "stream": "order",

@@ -213,7 +213,7 @@ class PostgresPaymentStore:
             rows = await (await conn.execute(_DUE, {"now": now, "limit": limit})).fetchall()
             commands = [command_of(row, now) for row in rows]
             if commands:
-                await conn.execute(_SAY, {"now": now, "said": said(self._codec, self._destinations, commands)})
+                await conn.execute(_SAY, {"now": now, "said": said(self._codec, self._destinations, [(command, None) for command in commands])})
         return len(commands)
 
     async def oldest_unknown(self) -> datetime | None:
@@ -249,7 +249,7 @@ class _PostgresTransaction:
         await self._write(payment, decision, asked=False, consumed=True)
 
     async def pass_on(self, message: Message) -> None:
-        await self._conn.execute(_SAY, {"now": self._now, "said": said(self._codec, self._destinations, [message])})
+        await self._conn.execute(_SAY, {"now": self._now, "said": said(self._codec, self._destinations, [(message, self._received.traceparent)])})
 
     async def _write(self, payment: Payment | None, decision: Decision, *, asked: bool, consumed: bool) -> None:
         refusal = decision.refusal
@@ -267,7 +267,7 @@ class _PostgresTransaction:
             return
         parameters: dict[str, Any] = {
             **{part: _json(rows[part]) for part in parts if part not in ("said", "dropped", "done")},
-            "said": said(self._codec, self._destinations, decision.events),
+            "said": said(self._codec, self._destinations, [(event, self._received.traceparent) for event in decision.events]),
             "dropped": list(rows["dropped"]),
             "done": rows["done"],
             "stream": "payment",

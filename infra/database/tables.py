@@ -106,6 +106,7 @@ payments = Table(
     CheckConstraint("pending_refund_minor = 0 OR refunded_minor + pending_refund_minor <= captured_minor", name="reserved_within_captured"),
     Index("uq_payments_holds_order", "order_id", unique=True, postgresql_where=text("holds_order")),
     Index("ix_payments_user", "user_id", "created_at"),
+    Index("ix_payments_created", "created_at", "payment_id"),
     Index("ix_payments_transaction", "transaction_id"),
 )
 

@@ -45,16 +45,16 @@ async def handle_batch(batch: Sequence[tuple[Received, Message]], deps: Deps) ->
     """Apply a batch, all of it or nothing. Raises Unavailable (nothing is lost, try again) and Rejected (one of them can never be handled)."""
     pairs = [(received, payment_event_in(received, message)) for received, message in batch]
     async with deps.store.transaction([event for _, event in pairs]) as tx:
-        applied = [_apply(tx, event, deps.clock.now()) for received, event in pairs if not await tx.settled(received, event)]
+        applied = [_apply(tx, received, event, deps.clock.now()) for received, event in pairs if not await tx.settled(received, event)]
     await at("orders.after_record")
     for before, event, events in applied:
         _tell(before, event, events)
 
 
-def _apply(tx: OrderTransaction, event: PaymentEvent, now: datetime) -> tuple[Order | None, PaymentEvent, Sequence[OrderEvent]]:
+def _apply(tx: OrderTransaction, received: Received, event: PaymentEvent, now: datetime) -> tuple[Order | None, PaymentEvent, Sequence[OrderEvent]]:
     before = tx.orders.get(event.order_id)
     events = react(before, event, now)
-    tx.record(event, _after(before, events), events)
+    tx.record(received, event, _after(before, events), events)
     return before, event, events
 
 

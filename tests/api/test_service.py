@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,12 @@ def test_an_example_has_the_shape_that_it_is_an_example_of(model: type[Any], exa
 
 async def test_the_documentation_tells_all(world: World) -> None:
     api = (await world.client.get("/openapi.json")).json()
-    assert (await world.client.get("/docs")).status_code == 200
+    page = await world.client.get("/docs")
+    assert page.status_code == 200
+    shown = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(shown) >= 2
+    for part in shown:
+        assert (await world.client.get(part)).status_code == 200, "served here: no script of somebody else where people type in their tokens"
     process = api["paths"]["/api/v1/payments/process"]["post"]
     body = process["requestBody"]["content"]["application/json"]
     assert body["example"]["amount_minor"] == 1999

@@ -11,6 +11,7 @@ import pytest
 
 from infra.clock import SetClock
 from infra.database.delivery import Disposition, Fault, Group, Received
+from infra.database.facts import headers_of
 from infra.database.memory import MemoryOrderStore
 from infra.database.orders import OrderStore, OrderTransaction, PostgresOrderStore
 from infra.database.parking import PostgresParking
@@ -24,7 +25,16 @@ from schemas.state import Order, OrderStatus
 from schemas.topics import destinations
 from tests.processors.payment_events import NOW, ORDER_ID, PAYMENT_ID, cancelled, completed, failed, initiated, processing
 
-RECEIVED = Received(topic="payment-events", partition=0, offset=7, timestamp_ms=1, key=ORDER_ID.encode(), value=b"\x00", headers=(("ce_id", b"x"),))
+TRACE = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+RECEIVED = Received(
+    topic="payment-events",
+    partition=0,
+    offset=7,
+    timestamp_ms=1,
+    key=ORDER_ID.encode(),
+    value=b"\x00",
+    headers=(("ce_id", b"x"), ("traceparent", TRACE)),
+)
 
 
 @pytest.fixture(params=[pytest.param("memory", marks=pytest.mark.unit), pytest.param("postgres", marks=pytest.mark.integration)])
@@ -52,7 +62,7 @@ def step(tx: OrderTransaction, event: PaymentEvent) -> None:
     facts = react(order, event, NOW)
     for fact in facts:
         order = evolve(order, fact)
-    tx.record(event, order, facts)
+    tx.record(RECEIVED, event, order, facts)
 
 
 async def apply(store: OrderStore, *events: PaymentEvent) -> Order | None:
@@ -124,7 +134,7 @@ async def test_a_version_that_was_applied_is_settled_and_a_later_one_is_not(stor
 async def test_an_event_that_moves_nothing_is_applied_all_the_same(store: OrderStore) -> None:
     order = await apply(store, initiated())
     async with store.transaction([processing(2)]) as tx:
-        tx.record(processing(2), tx.orders[ORDER_ID], ())
+        tx.record(RECEIVED, processing(2), tx.orders[ORDER_ID], ())
     assert await is_settled(store, processing(2))
     assert await kept(store) == order
 
@@ -183,6 +193,8 @@ class TestOnPostgres:
         assert await self.rows(pool, "SELECT version, event_type, stream, entity_id, topic FROM events ORDER BY version") == expected
         outbox = await self.rows(pool, "SELECT o.topics, o.key, o.value = e.value FROM outbox o JOIN events e USING (event_id) ORDER BY o.seq")
         assert outbox == [(["order-events"], ORDER_ID.encode(), True)] * 4
+        for (names,) in await self.rows(pool, "SELECT headers FROM outbox"):
+            assert dict(headers_of(names))["traceparent"] == TRACE, "what follows is part of the same trace"
         assert await self.rows(pool, "SELECT group_name, entity_id, version FROM stream_positions") == [("orders", PAYMENT_ID, 5)]
         assert await self.rows(pool, "SELECT count(*) FROM inbox") == [(0,)]
 

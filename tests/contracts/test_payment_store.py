@@ -14,6 +14,7 @@ import pytest
 
 from infra.clock import SetClock
 from infra.database.delivery import Disposition, Fault, Group, Received
+from infra.database.facts import headers_of
 from infra.database.memory import MemoryPaymentStore
 from infra.database.parking import PostgresParking
 from infra.database.payments import PaymentStore, PostgresPaymentStore
@@ -29,7 +30,10 @@ from schemas.state import AttemptStatus, Payment, PaymentStatus
 from schemas.topics import destinations
 from tests.processors.payment_paths import COMMANDS, NOW, PAYMENT_ID, step
 
-RECEIVED = Received(topic="payment-commands", partition=0, offset=7, timestamp_ms=1, key=b"ord_1", value=b"\x00", headers=(("ce_id", b"x"),))
+TRACE = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+RECEIVED = Received(
+    topic="payment-commands", partition=0, offset=7, timestamp_ms=1, key=b"ord_1", value=b"\x00", headers=(("ce_id", b"x"), ("traceparent", TRACE))
+)
 
 
 @pytest.fixture(params=[pytest.param("memory", marks=pytest.mark.unit), pytest.param("postgres", marks=pytest.mark.integration)])
@@ -256,6 +260,8 @@ class TestOnPostgres:
             ["payment-events", "payment-completed"],
         ]
         assert all(row[1:] == (b"ord_1", True) for row in outbox)
+        for (names,) in await self.rows(pool, "SELECT headers FROM outbox"):
+            assert dict(headers_of(names))["traceparent"] == TRACE, "what follows is part of the same trace"
 
     async def test_each_charge_is_in_the_audit_log_once(self, store: PaymentStore, pool: Pool) -> None:
         await go(store, "initiate and confirm", "captured", "captured", "captured")
@@ -278,7 +284,7 @@ class TestOnPostgres:
         ]
         copies = await self.rows(pool, "SELECT topics, key, value, headers FROM outbox ORDER BY seq")
         assert [copy[:3] for copy in copies] == [(["payment-events-dlq"], b"ord_1", b"\x00")] * 2
-        assert [header[0] for header in copies[0][3]][:3] == ["ce_id", "paystream-dlq-group", "paystream-dlq-topic"]
+        assert [header[0] for header in copies[0][3]][:4] == ["ce_id", "traceparent", "paystream-dlq-group", "paystream-dlq-topic"]
         assert await parking.parked_counts() == {("payments", "poison"): 1, ("payments", "blocked"): 1}
 
     async def test_a_parked_webhook_blocks_nothing(self, store: PaymentStore, pool: Pool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from itertools import count
 
 import pytest
 
@@ -29,21 +30,22 @@ def codec(installation: Settings) -> Codec:
 @asynccontextmanager
 async def steadily(settings: Settings, writer: OutboxWriter) -> AsyncIterator[None]:
     """Events of twenty orders, as fast as one connection writes them, for as long as the block lasts."""
+    enough = asyncio.Event()
 
     async def write() -> None:
         async with await connected(settings) as conn:
-            while True:
-                for number in range(20):
-                    await writer.append(conn, f"o{number}", 2)
-                    await asyncio.sleep(0.005)
+            for number in count():
+                await writer.append(conn, f"o{number % 20}", 2)
+                if enough.is_set():  # not cancelled: the writer would have counted what is rolled back
+                    return
+                await asyncio.sleep(0.005)
 
     writing = asyncio.create_task(write())
     try:
         yield
     finally:
-        writing.cancel()
-        with suppress(asyncio.CancelledError):
-            await writing
+        enough.set()
+        await writing
 
 
 async def ended(program: Program) -> int:

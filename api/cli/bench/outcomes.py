@@ -6,7 +6,6 @@ Flow: payment-events -> the headers `ce_type` and `ce_subject` -> `readable`.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +15,8 @@ from typing import Final
 import confluent_kafka
 from confluent_kafka import TopicPartition
 
-from infra.kafka_admin import client_config
 from infra.settings import Settings
-from producers.committed_log import kafka_translated, unavailable
+from producers.committed_log import committed_reader, kafka_translated, unavailable
 from schemas.errors import Unavailable
 from schemas.messages import PaymentCompleted, PaymentFailed
 
@@ -59,16 +57,7 @@ class Outcomes:
 @contextmanager
 def watched(settings: Settings) -> Iterator[Outcomes]:
     """The outcomes from now on, for as long as the block runs. Raises Unavailable if Kafka does not answer."""
-    consumer = confluent_kafka.Consumer(
-        client_config(settings.kafka)
-        | {
-            "client.id": settings.service,
-            "logger": logging.getLogger("librdkafka"),
-            "group.id": f"{settings.prefix}paystream-{settings.service}",  # the client wants one; nothing is subscribed to or committed
-            "isolation.level": "read_committed",
-            "enable.auto.commit": False,
-        }
-    )
+    consumer = committed_reader(settings)
     outcomes, stop = Outcomes(), threading.Event()
     thread = threading.Thread(target=outcomes.follow, args=(consumer, stop), daemon=True)
     try:

@@ -213,6 +213,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("payment_id", name=op.f("pk_payments")),
     )
+    op.create_index("ix_payments_created", "payments", ["created_at", "payment_id"], unique=False)
     op.create_index(op.f("ix_payments_order_id"), "payments", ["order_id"], unique=False)
     op.create_index("ix_payments_transaction", "payments", ["transaction_id"], unique=False)
     op.create_index("ix_payments_user", "payments", ["user_id", "created_at"], unique=False)
