@@ -12,12 +12,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from infra.local.environment import real_gateway
+from infra.local.process import StackError
 from infra.local.stack import Stack
+from infra.settings import PREFIX
 
 
 @contextmanager
 def borrowed_stack(folder: Path | None, console: Console, *, keep: bool) -> Iterator[Stack]:
     """The stack of `folder`, running, within the block. `keep`: leave it running afterwards, and say how it is stopped."""
+    if real_gateway():
+        raise StackError(f"this pays hundreds of times, at the sandbox only: unset {PREFIX}STRIPE__API_KEY and {PREFIX}STRIPE__API_KEY_FILE")
     stack = Stack(folder)
     if stack.running:
         stack.start(progress=_told(console))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -120,6 +121,17 @@ def test_a_goal_that_is_missed_is_called_so(missed: str, how: dict[str, Any]) ->
 def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "stack"
     Home(tmp_path / "stack").wipe()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_a_real_gateway_is_not_paid_hundreds_of_times(folder: Path, command: str) -> None:
+    environment = {**os.environ, "PAYSTREAM_STRIPE__API_KEY": "sk_test_1"}
+    arguments = (sys.executable, "-m", "api.cli.main", command, "--dir", str(folder))
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "unset PAYSTREAM_STRIPE__API_KEY" in done.stderr
+    assert not folder.exists()
 
 
 @pytest.mark.integration
