@@ -164,7 +164,8 @@ async def test_a_hot_order_does_not_stop_the_others(stack: Infrastructure, templ
         print(
             f"outcome after (p50, most): {usual[0]:.2f} s, {usual[1]:.2f} s as usual; {meanwhile[0]:.2f} s, {meanwhile[1]:.2f} s beside a hot order"
         )
-        assert captured == [100], "the first capture was carried out, the others were refused"
+        assert len(captured) == 1
+        assert captured[0] in range(100, 109), "the capture that came first was carried out, the others were refused"
         assert_in_order(pipeline)
         outcomes = pipeline.query(f"SELECT outcome, count(*) FROM commands WHERE order_id = '{hot}' GROUP BY 1 ORDER BY 1")
         assert outcomes == [("applied", 2), ("refused", 9)]
