@@ -141,3 +141,22 @@ SUMMARY_EXAMPLE: Final = {
     "failure_reasons": [{"code": "insufficient_funds", "payments": 20}],
     "gateway_latency_ms": [{"gateway": "stripe", "calls": 220, "p50": 310.0, "p95": 790.0, "p99": 1240.0}],
 }
+TIMESERIES_EXAMPLE: Final = {
+    "since": "2026-01-31T10:00:00Z",
+    "until": "2026-01-31T12:00:00Z",
+    "bucket": "hour",
+    "items": [
+        {
+            "at": "2026-01-31T10:00:00Z",
+            "payments": 12,
+            "payments_by_status": {"COMPLETED": 11, "FAILED": 1},
+            "volume_by_currency": [{"currency": "EUR", "payments": 12, "amount_minor": 23988, "captured_minor": 21989}],
+        },
+        {
+            "at": "2026-01-31T11:00:00Z",
+            "payments": 0,
+            "payments_by_status": {"COMPLETED": 0, "FAILED": 0},
+            "volume_by_currency": [{"currency": "EUR", "payments": 0, "amount_minor": 0, "captured_minor": 0}],
+        },
+    ],
+}

@@ -30,6 +30,7 @@ from api.intake import Intake
 from api.routes import analytics, commands, payments, service, webhooks
 from infra import redis, schema_registry, telemetry
 from infra.clock import SystemClock
+from infra.database.figures import Figures
 from infra.database.intake import IntakeStore
 from infra.database.pool import opened_pool
 from infra.database.reads import Reads
@@ -113,7 +114,7 @@ async def opened_deps(settings: Settings) -> AsyncIterator[Deps]:
         opened.push_async_callback(_ended, loading)
         pool = await opened.enter_async_context(opened_pool(settings.database, settings.service, by_key=True))
         store = IntakeStore(pool, max_undecided=settings.api.max_undecided_commands)
-        reads = Reads(await opened.enter_async_context(opened_pool(settings.database, f"{settings.service}-reads")), codec)
+        for_reading = await opened.enter_async_context(opened_pool(settings.database, f"{settings.service}-reads"))
         producer = KafkaProducer(settings)
         await producer.start()
         opened.push_async_callback(producer.close)
@@ -133,7 +134,8 @@ async def opened_deps(settings: Settings) -> AsyncIterator[Deps]:
             settings=settings,
             clock=SystemClock(),
             store=store,
-            reads=reads,
+            reads=Reads(for_reading, codec),
+            figures=Figures(for_reading),
             producer=producer,
             codec=codec,
             claims=redis.Claims(line, settings.prefix),

@@ -17,6 +17,7 @@ from api.auth import Principal, Tokens
 from api.health import Doctor, Part
 from api.intake import Intake
 from infra.clock import Clock
+from infra.database.figures import Figures
 from infra.database.intake import IntakeStore
 from infra.database.reads import Reads
 from infra.gateways.port import Gateway
@@ -34,6 +35,7 @@ class Deps:
     clock: Clock
     store: IntakeStore
     reads: Reads
+    figures: Figures
     producer: Producer
     codec: Callable[[], Codec]
     claims: Claims

@@ -194,6 +194,7 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "int_parsing": "a whole number",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
+    "enum": "one of {expected}",
     "string_pattern_mismatch": "a text like {pattern}",
     "string_too_long": "at most {max_length} characters",
 }

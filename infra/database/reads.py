@@ -1,8 +1,8 @@
-"""What callers ask for: payments, their timelines, commands and figures.
+"""What callers ask for: payments, their timelines and commands.
 
 Rule: nothing is written here, and nothing decided: whoever asks is checked by the caller, by the `user_id` that each answer carries.
-Flow: api/routes -> Reads -> the tables of the intake, the payments group and analytics. A payment that is accepted and not opened yet is read from
-its InitiatePayment in `commands`, as PENDING.
+Flow: api/routes -> Reads -> the tables of the intake and the payments group. A payment that is accepted and not opened yet is read from its
+InitiatePayment in `commands`, as PENDING.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from functools import cache
 from typing import Any, Final
 from uuid import UUID
 
-from psycopg.rows import namedtuple_row
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
     LargeBinary,
     Select,
     Text,
-    and_,
     bindparam,
     cast,
-    func,
     literal,
     null,
     select,
@@ -32,11 +29,11 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import JSONB, psycopg
-from sqlalchemy.sql.compiler import Compiled
+from sqlalchemy.dialects.postgresql import JSONB
 
-from infra.database.pool import Pool, connection
-from infra.database.tables import analytics_attempts, analytics_payments, attempts, commands, events, payments
+from infra.database.pool import Pool
+from infra.database.statements import fetched
+from infra.database.tables import attempts, commands, events, payments
 from schemas.codec import Codec
 from schemas.messages import InitiatePayment, Message
 from schemas.state import PaymentStatus
@@ -92,48 +89,6 @@ class CommandView:
     refusal: dict[str, str] | None
     accepted_at: datetime
     decided_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Volume:
-    currency: str
-    payments: int
-    amount_minor: int
-    captured_minor: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailureReason:
-    code: str
-    payments: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latency:
-    """How long a gateway took to answer, in milliseconds; None where it was not asked."""
-
-    gateway: str
-    calls: int
-    p50: float | None
-    p95: float | None
-    p99: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """Payments that were initiated in `since` <= time < `until`, as analytics has folded them so far.
-
-    `success_rate`: COMPLETED and AUTHORIZED among those that ended in one of them or in FAILED; None where none did.
-    """
-
-    since: datetime
-    until: datetime
-    payments: int
-    payments_by_status: dict[str, int]
-    volume_by_currency: list[Volume]
-    success_rate: float | None
-    failure_reasons: list[FailureReason]
-    gateway_latency_ms: list[Latency]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,45 +184,9 @@ def _page(*, by_user: bool, by_order: bool, behind: bool) -> Select[Any]:
     return select(found).order_by(found.c.created_at.desc(), found.c.payment_id.desc()).limit(bindparam("limit"))
 
 
-_paid, _tried = analytics_payments.c, analytics_attempts.c
-_COUNT: Final = func.count().label("number")
-_IN_TIME: Final = and_(_paid.initiated_at >= bindparam("since"), _paid.initiated_at < bindparam("until"))
-_STATUSES: Final = select(_paid.status, _COUNT).where(_IN_TIME).group_by(_paid.status).order_by(_paid.status)
-_VOLUMES: Final = (
-    select(_paid.currency, _COUNT, func.sum(_paid.amount_minor).label("amount_minor"), func.sum(_paid.captured_minor).label("captured_minor"))
-    .where(_IN_TIME)
-    .group_by(_paid.currency)
-    .order_by(_paid.currency)
-)
-_REASONS: Final = (
-    select(_paid.failure_code, _COUNT)
-    .where(_IN_TIME, _paid.status == PaymentStatus.FAILED.value, _paid.failure_code.is_not(None))
-    .group_by(_paid.failure_code)
-    .order_by(_COUNT.desc(), _paid.failure_code)
-    .limit(50)
-)
-_LATENCIES: Final = (
-    select(
-        _tried.gateway,
-        _COUNT,
-        *(func.percentile_cont(share / 100).within_group(_tried.gateway_latency_ms).label(f"p{share}") for share in (50, 95, 99)),
-    )
-    .where(_tried.at >= bindparam("since"), _tried.at < bindparam("until"), _tried.gateway_latency_ms.is_not(None))
-    .group_by(_tried.gateway)
-    .order_by(_tried.gateway)
-)
-
 # A secret is of use while the customer may still pay with it.
 _PAYABLE: Final = frozenset({PaymentStatus.PENDING, PaymentStatus.REQUIRES_ACTION})
-_SUCCEEDED: Final = (PaymentStatus.COMPLETED, PaymentStatus.AUTHORIZED)
 _OF_EVERY_EVENT: Final = frozenset(column.name for column in fields(Message))
-_DIALECT: Final = psycopg.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy has no types for it
-
-
-@cache
-def _compiled(statement: Select[Any]) -> Compiled:
-    """SQL of one of the statements above. Executed by psycopg itself, which is quicker by far and needs no second driver layer."""
-    return statement.compile(dialect=_DIALECT)
 
 
 def _event_view(row: Any, event: Message) -> EventView:
@@ -305,16 +224,16 @@ class Reads:
         """Newest first. `user_id` None: everybody's."""
         statement = _page(by_user=user_id is not None, by_order=order_id is not None, behind=after is not None)
         parameters: dict[str, Any] = {"user_id": user_id, "order_id": order_id, "limit": limit, **(asdict(after) if after else {})}
-        return [self._payment_view(row) for row in await self._rows(statement, parameters)]
+        return [self._payment_view(row) for row in await fetched(self._pool, statement, parameters)]
 
     async def timeline(self, payment_id: UUID) -> Sequence[EventView]:
         """The payment's events, oldest first."""
         codec = self._codec()
-        rows = await self._rows(_TIMELINE, {"payment_id": str(payment_id)})
+        rows = await fetched(self._pool, _TIMELINE, {"payment_id": str(payment_id)})
         return [_event_view(row, codec.decode(row.value)) for row in rows]
 
     async def command(self, command_id: UUID) -> CommandView | None:
-        rows = await self._rows(_COMMAND, {"command_id": command_id})
+        rows = await fetched(self._pool, _COMMAND, {"command_id": command_id})
         if not rows:
             return None
         row = rows[0]
@@ -330,28 +249,8 @@ class Reads:
             decided_at=row.decided_at,
         )
 
-    async def summary(self, since: datetime, until: datetime) -> Summary:
-        within = {"since": since, "until": until}
-        statuses, volumes, reasons, latencies = [await self._rows(part, within) for part in (_STATUSES, _VOLUMES, _REASONS, _LATENCIES)]
-        by_status: dict[str, int] = {row.status: row.number for row in statuses}
-        succeeded = sum(by_status.get(status, 0) for status in _SUCCEEDED)
-        ended = succeeded + by_status.get(PaymentStatus.FAILED, 0)
-        return Summary(
-            since=since,
-            until=until,
-            payments=sum(by_status.values()),
-            payments_by_status=by_status,
-            volume_by_currency=[
-                Volume(currency=row.currency, payments=row.number, amount_minor=int(row.amount_minor), captured_minor=int(row.captured_minor))
-                for row in volumes
-            ],
-            success_rate=succeeded / ended if ended else None,
-            failure_reasons=[FailureReason(code=row.failure_code, payments=row.number) for row in reasons],
-            gateway_latency_ms=[Latency(gateway=row.gateway, calls=row.number, p50=row.p50, p95=row.p95, p99=row.p99) for row in latencies],
-        )
-
     async def _first_payment(self, statement: Select[Any], parameters: Mapping[str, Any]) -> PaymentView | None:
-        rows = await self._rows(statement, parameters)
+        rows = await fetched(self._pool, statement, parameters)
         return self._payment_view(rows[0]) if rows else None
 
     def _payment_view(self, row: Any) -> PaymentView:
@@ -366,10 +265,3 @@ class Reads:
                 raise TypeError(f"commands has a {command.event_type} where it says {InitiatePayment.event_type}")
             found |= {"amount_minor": command.amount_minor, "currency": command.currency, "gateway": command.gateway}
         return PaymentView(**found)
-
-    async def _rows(self, statement: Select[Any], parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """The rows, their columns as attributes."""
-        compiled = _compiled(statement)
-        async with connection(self._pool) as conn, conn.cursor(row_factory=namedtuple_row) as cursor:
-            await cursor.execute(compiled.string, compiled.construct_params(dict(parameters)))
-            return await cursor.fetchall()

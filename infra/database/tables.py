@@ -161,7 +161,7 @@ transactions = Table(
     _time("at"),
     CheckConstraint("kind IN ('charge', 'refund', 'chargeback', 'fee')", name="kind"),
     UniqueConstraint("gateway", "gateway_id", "kind", name="uq_transactions_gateway"),
-    comment="Money that moved, append-only",
+    comment="Money that moved, append-only",  # by a trigger, which refuses everything but INSERT
 )
 
 timers = Table(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -208,68 +207,6 @@ async def test_a_command_tells_what_became_of_it(world: World) -> None:
     (refused,) = [outcome for outcome in outcomes if outcome["status"] == "refused"]
     assert refused["refusal"]["code"] == "order_has_payment"
     assert refused["decided_at"] >= refused["accepted_at"]
-
-
-# ── Figures ──
-
-ADD_PAYMENT = (
-    "INSERT INTO analytics.payments"
-    " (payment_id, order_id, status, gateway, currency, amount_minor, captured_minor, failure_code, initiated_at, version)"
-    " VALUES (%s, 'o', %s, 'stripe', %s, %s, %s, %s, %s, 1) RETURNING 1"
-)
-ADD_ATTEMPT = (
-    "INSERT INTO analytics.attempts (payment_id, attempt, gateway, outcome, gateway_latency_ms, at) VALUES (%s, 1, 'stripe', 'x', %s, %s) RETURNING 1"
-)
-
-
-async def test_figures_are_of_the_time_that_is_asked_for(world: World) -> None:
-    noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
-    for status, currency, captured, failure, at in (
-        ("COMPLETED", "EUR", 1000, None, noon),
-        ("COMPLETED", "JPY", 500, None, noon + timedelta(hours=1)),
-        ("AUTHORIZED", "EUR", 0, None, noon),
-        ("FAILED", "EUR", 0, "insufficient_funds", noon),
-        ("PROCESSING", "EUR", 0, None, noon),
-        ("COMPLETED", "EUR", 7, None, noon + timedelta(days=1)),
-        ("COMPLETED", "EUR", 7, None, noon - timedelta(seconds=1)),
-    ):
-        await world.rows(ADD_PAYMENT, uuid4(), status, currency, 1000, captured, failure, at)
-    for latency in (*range(1, 101), None):
-        await world.rows(ADD_ATTEMPT, uuid4(), latency, noon)
-    answer = await world.get("/analytics/summary?from=2026-03-01T12:00:00Z&to=2026-03-02T13:00:00%2B01:00", user="a", roles=("analyst",))
-    assert answer.status_code == 200
-    assert answer.json() == {
-        "since": "2026-03-01T12:00:00Z",
-        "until": "2026-03-02T13:00:00+01:00",
-        "payments": 5,
-        "payments_by_status": {"AUTHORIZED": 1, "COMPLETED": 2, "FAILED": 1, "PROCESSING": 1},
-        "volume_by_currency": [
-            {"currency": "EUR", "payments": 4, "amount_minor": 4000, "captured_minor": 1000},
-            {"currency": "JPY", "payments": 1, "amount_minor": 1000, "captured_minor": 500},
-        ],
-        "success_rate": 0.75,
-        "failure_reasons": [{"code": "insufficient_funds", "payments": 1}],
-        "gateway_latency_ms": [{"gateway": "stripe", "calls": 100, "p50": 50.5, "p95": 95.05, "p99": 99.01}],
-    }
-
-
-async def test_without_payments_there_is_no_rate(world: World) -> None:
-    answer = await world.get("/analytics/summary", user="root", roles=("admin",))
-    assert (answer.status_code, answer.json()["payments"], answer.json()["success_rate"]) == (200, 0, None)
-
-
-async def test_figures_are_for_some_roles_only(world: World) -> None:
-    answer = await world.get("/analytics/summary", roles=("cashier",))
-    assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
-    assert "admin or analyst" in answer.json()["detail"]
-
-
-@pytest.mark.parametrize(
-    "query", ["from=yesterday", "from=2026-03-01T12:00:00", "from=2026-03-02T00:00:00Z&to=2026-03-01T00:00:00Z", "from=2020-01-01T00:00:00Z"]
-)
-async def test_a_wrong_time_is_named(world: World, query: str) -> None:
-    answer = await world.get(f"/analytics/summary?{query}", roles=("admin",))
-    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "from")
 
 
 async def test_reads_say_so_when_postgres_is_away(world: World) -> None:

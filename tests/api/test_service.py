@@ -11,8 +11,19 @@ import pytest
 from prometheus_client import REGISTRY
 from pydantic import TypeAdapter
 
-from api.answers import COMMAND_EXAMPLE, PAGE_EXAMPLE, SUMMARY_EXAMPLE, TAKEN_EXAMPLE, TIMELINE_EXAMPLE, Page, Taken, Timeline
-from infra.database.reads import CommandView, Summary
+from api.answers import (
+    COMMAND_EXAMPLE,
+    PAGE_EXAMPLE,
+    SUMMARY_EXAMPLE,
+    TAKEN_EXAMPLE,
+    TIMELINE_EXAMPLE,
+    TIMESERIES_EXAMPLE,
+    Page,
+    Taken,
+    Timeline,
+)
+from infra.database.figures import Summary, Timeseries
+from infra.database.reads import CommandView
 from tests.api.world import BODY, World
 
 pytestmark = pytest.mark.integration
@@ -99,6 +110,7 @@ async def test_a_command_is_logged_with_its_ids(world: World) -> None:
         (Timeline, TIMELINE_EXAMPLE),
         (CommandView, COMMAND_EXAMPLE),
         (Summary, SUMMARY_EXAMPLE),
+        (Timeseries, TIMESERIES_EXAMPLE),
     ],
 )
 def test_an_example_has_the_shape_that_it_is_an_example_of(model: type[Any], example: Any) -> None:

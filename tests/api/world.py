@@ -27,6 +27,7 @@ from api.intake import Intake
 from infra import redis, telemetry
 from infra.clock import SystemClock
 from infra.database.delivery import Received
+from infra.database.figures import Figures
 from infra.database.intake import IntakeStore
 from infra.database.payments import PostgresPaymentStore
 from infra.database.pool import Pool, connection, opened_pool
@@ -176,6 +177,7 @@ async def opened_world(database: Settings, stripe: Stripe = _STRIPE, **api: Any)
             clock=clock,
             store=IntakeStore(pool, max_undecided=settings.api.max_undecided_commands),
             reads=Reads(pool, codec_if_there),
+            figures=Figures(pool),
             producer=producer,
             codec=codec_if_there,
             claims=redis.Claims(line, settings.prefix),

@@ -13,9 +13,9 @@ from infra.clock import SetClock
 from infra.crash_points import plugged
 from infra.database.analytics import AnalyticsStore
 from infra.database.delivery import Disposition, Fault, Group
+from infra.database.figures import Bucket, FailureReason, Figures, Volume
 from infra.database.parking import PostgresParking
 from infra.database.pool import Pool, connection, opened_pool
-from infra.database.reads import FailureReason, Reads, Volume
 from infra.settings import Database, Settings
 from processors.analytics.handler import Deps, handle_batch
 from processors.analytics.projections import project
@@ -198,7 +198,7 @@ async def test_what_was_folded_before_its_order_was_parked_is_not_parked(deps: D
     assert await rows(pool, 'SELECT "offset", disposition FROM parked_messages ORDER BY id') == [(9, "poison"), (2, "blocked")]
 
 
-async def test_the_summary_reads_what_was_folded(deps: Deps, pool: Pool) -> None:
+async def test_figures_read_what_was_folded(deps: Deps, pool: Pool) -> None:
     def paid(payment_id: str, **fields: Any) -> list[PaymentEvent]:
         last = say.completed(payment_id=payment_id, **fields)
         money = {"currency": last.currency, "amount_minor": last.amount_minor}
@@ -219,7 +219,7 @@ async def test_the_summary_reads_what_was_folded(deps: Deps, pool: Pool) -> None
         ),
         4,
     )
-    summary = await Reads(pool, lambda: CODEC).summary(NOW, NOW + timedelta(hours=1))
+    summary = await Figures(pool).summary(NOW, NOW + timedelta(hours=1))
     assert summary.payments_by_status == {"COMPLETED": 3, "FAILED": 1, "CANCELLED": 1}
     assert summary.volume_by_currency == [
         Volume(currency="EUR", payments=4, amount_minor=4000, captured_minor=1400),
@@ -229,6 +229,11 @@ async def test_the_summary_reads_what_was_folded(deps: Deps, pool: Pool) -> None
     assert summary.failure_reasons == [FailureReason(code="card_declined", payments=1)]
     (latency,) = summary.gateway_latency_ms
     assert (latency.gateway, latency.calls, latency.p50) == ("stripe", 3, 200.0)
+    series = await Figures(pool).timeseries(NOW, NOW + timedelta(days=2), Bucket.DAY)
+    assert [item.payments_by_status for item in series.items if item.payments] == [
+        {"COMPLETED": 3, "FAILED": 1, "CANCELLED": 1, "PENDING": 0},
+        {"COMPLETED": 0, "FAILED": 0, "CANCELLED": 0, "PENDING": 1},
+    ]
 
 
 async def test_the_database_gone_is_unavailable() -> None:
