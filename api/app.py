@@ -35,6 +35,7 @@ from infra.database.intake import IntakeStore
 from infra.database.pool import opened_pool
 from infra.database.reads import Reads
 from infra.gateways.table import opened_gateways
+from infra.jwks import issuer_keys
 from infra.settings import Settings
 from producers.producer import KafkaProducer
 from schemas.codec import Codec
@@ -61,7 +62,7 @@ def create_app(deps: Deps) -> FastAPI:
         responses={"default": ANY_PROBLEM},
     )
     app.state.deps = deps
-    app.state.tokens = Tokens(deps.settings.auth)
+    app.state.tokens = Tokens(deps.settings.auth, deps.issuer)
     app.state.doctor = Doctor(deps.parts)
     app.state.intake = Intake(
         store=deps.store,
@@ -122,6 +123,11 @@ async def opened_deps(settings: Settings) -> AsyncIterator[Deps]:
         outcomes = redis.Outcomes(line, settings.prefix)
         opened.push_async_callback(outcomes.aclose)
         gateways = await opened.enter_async_context(opened_gateways(settings))
+        issuer = issuer_keys(settings)
+        issuer_part: tuple[Part, ...] = ()
+        if issuer is not None:
+            opened.push_async_callback(issuer.aclose)
+            issuer_part = (Part("issuer", issuer.answers, needed=lambda: not settings.auth.jwt_secret),)
 
         async def registry_answers() -> bool:
             # Once its schemas are here nothing waits for it any more.
@@ -141,11 +147,13 @@ async def opened_deps(settings: Settings) -> AsyncIterator[Deps]:
             claims=redis.Claims(line, settings.prefix),
             outcomes=outcomes,
             gateways=gateways,
+            issuer=issuer,
             parts=(
                 Part("postgres", store.answers, needed=lambda: True),
                 Part("kafka", producer.healthy, needed=lambda: True),
                 Part("registry", registry_answers, needed=lambda: not codec.there),
                 Part("redis", redis_answers, needed=lambda: False),
+                *issuer_part,
             ),
         )
 
@@ -184,7 +192,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> None:
     """Run the intake until SIGTERM or SIGINT. Raises BadConfiguration before it listens."""
     telemetry.configure(settings)
-    Tokens(settings.auth)
+    Tokens(settings.auth, issuer_keys(settings))
     uvloop.run(_serve(settings))
 
 

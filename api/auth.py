@@ -1,6 +1,7 @@
 """Who is asking: bearer tokens, verified and issued.
 
-Rule: HS256 and nothing else; issuer, audience, expiry and subject are required. A token is never repeated in an answer or a log.
+Rule: HS256 by our secret, RS256 and ES256 by the issuer's keys, and nothing else: a key has one algorithm, whatever a token says. Issuer, audience,
+expiry and subject are required. A token is never repeated in an answer or a log.
 Flow: `Authorization: Bearer …` -> `Tokens.principal` -> a route, which shows a principal what is theirs. `paystream token` issues them.
 """
 
@@ -15,10 +16,11 @@ from typing import Final
 import jwt
 
 from api.errors import Problem
+from infra.jwks import IssuerKeys
 from infra.settings import Auth
 from schemas.errors import BadConfiguration
 
-ALGORITHM: Final = "HS256"
+HS256: Final = "HS256"
 ADMIN: Final = "admin"
 ANALYST: Final = "analyst"
 LONGEST_SUBJECT: Final = 128
@@ -41,26 +43,32 @@ class Principal:
 
 
 class Tokens:
-    """Verifies and issues tokens. Raises BadConfiguration for a secret that is missing or too short to be one."""
+    """Verifies tokens, and issues those that are signed with our secret. Raises BadConfiguration for a secret that is too short to be one, or without
+    any key to verify with.
+    """
 
-    def __init__(self, settings: Auth) -> None:
+    def __init__(self, settings: Auth, issuer: IssuerKeys | None = None) -> None:
         secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret else ""
-        if len(secret.encode()) < _MIN_SECRET_BYTES:
-            raise BadConfiguration(f"PAYSTREAM_AUTH__JWT_SECRET has to be a secret of at least {_MIN_SECRET_BYTES} bytes")
-        # A JWK is looked at once; a bare secret would be with each token.
-        self._key = jwt.PyJWK({"kty": "oct", "alg": ALGORITHM, "k": base64.urlsafe_b64encode(secret.encode()).decode().rstrip("=")})
+        if len(secret.encode()) < _MIN_SECRET_BYTES and (secret or issuer is None):
+            raise BadConfiguration(
+                f"PAYSTREAM_AUTH__JWT_SECRET has to be a secret of at least {_MIN_SECRET_BYTES} bytes; "
+                "only an intake that gets its keys from PAYSTREAM_AUTH__JWKS_URL can do without one"
+            )
+        self._ours = _key_of(secret) if secret else None
+        self._theirs = issuer
         self._issuer, self._audience = settings.issuer, settings.audience
 
-    def principal(self, authorization: str | None) -> Principal:
-        """The principal of an `Authorization` header. Raises Problem (401)."""
+    async def principal(self, authorization: str | None) -> Principal:
+        """The principal of an `Authorization` header. Raises Problem (401), and Unavailable while the issuer's keys can't be had."""
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise _unauthorized("There is no bearer token.", "")
         try:
+            key = await self._key_for(token.strip())
             claims = jwt.decode(
                 token.strip(),
-                self._key,
-                algorithms=[ALGORITHM],
+                key,
+                algorithms=[key.algorithm_name],
                 issuer=self._issuer,
                 audience=self._audience,
                 options={"require": ["exp", "iss", "aud", "sub"]},
@@ -78,9 +86,30 @@ class Tokens:
 
     def issue(self, subject: str, roles: Iterable[str], ttl: timedelta) -> str:
         """A token for `subject` that is good for `ttl` from now on."""
+        if self._ours is None:
+            raise BadConfiguration("PAYSTREAM_AUTH__JWT_SECRET is not set, and tokens are signed with it")
         now = datetime.now(UTC)
         claims = {"sub": subject, "roles": sorted(set(roles)), "iss": self._issuer, "aud": self._audience, "iat": now, "exp": now + ttl}
-        return jwt.encode(claims, self._key, ALGORITHM)
+        return jwt.encode(claims, self._ours, HS256)
+
+    async def _key_for(self, token: str) -> jwt.PyJWK:
+        """The key that the token has to be signed with. Raises PyJWTError if there is none."""
+        if self._ours is not None and self._theirs is None:
+            return self._ours
+        header = jwt.get_unverified_header(token)
+        algorithm, kid, key = header.get("alg"), header.get("kid"), None
+        if algorithm == HS256:
+            key = self._ours
+        elif self._theirs is not None and isinstance(algorithm, str) and isinstance(kid, str):
+            key = await self._theirs.key(algorithm, kid)
+        if key is None:
+            raise jwt.InvalidKeyError
+        return key
+
+
+def _key_of(secret: str) -> jwt.PyJWK:
+    """A JWK is looked at once; a bare secret would be with each token."""
+    return jwt.PyJWK({"kty": "oct", "alg": HS256, "k": base64.urlsafe_b64encode(secret.encode()).decode().rstrip("=")})
 
 
 def _unauthorized(detail: str, error: str) -> Problem:

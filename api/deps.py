@@ -21,6 +21,7 @@ from infra.database.figures import Figures
 from infra.database.intake import IntakeStore
 from infra.database.reads import Reads
 from infra.gateways.port import Gateway
+from infra.jwks import IssuerKeys
 from infra.redis import Claims, Outcomes
 from infra.settings import Settings
 from producers.producer import Producer
@@ -29,7 +30,7 @@ from schemas.codec import Codec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deps:
-    """The outside, as the API sees it. `codec` raises Unavailable until there is one."""
+    """The outside, as the API sees it. `codec` raises Unavailable until there is one; `issuer` is None where our secret is all there is."""
 
     settings: Settings
     clock: Clock
@@ -41,17 +42,18 @@ class Deps:
     claims: Claims
     outcomes: Outcomes
     gateways: Mapping[str, Gateway]
+    issuer: IssuerKeys | None
     parts: tuple[Part, ...]
 
 
 class _Bearer(SecurityBase):
     """The caller of a request, and what the API's documentation says about how they show who they are."""
 
-    model = HTTPBearerModel(bearerFormat="JWT", description="HS256, with issuer, audience, expiry, subject and, perhaps, roles.")
+    model = HTTPBearerModel(bearerFormat="JWT", description="HS256, RS256 or ES256, with issuer, audience, expiry, subject and, perhaps, roles.")
     scheme_name = "bearer"
 
     async def __call__(self, request: Request) -> Principal:
-        return cast("Tokens", request.app.state.tokens).principal(request.headers.get("authorization"))
+        return await cast("Tokens", request.app.state.tokens).principal(request.headers.get("authorization"))
 
 
 async def _deps(request: Request) -> Deps:

@@ -71,7 +71,11 @@ class Api(Section):
 
 
 class Auth(Section):
-    jwt_secret: SecretStr | None = Field(None, description="HS256, at least 32 bytes; the intake does not start without it")
+    jwt_secret: SecretStr | None = Field(None, description="HS256, at least 32 bytes; the intake does not start without it or a `JWKS_URL`")
+    jwks_url: str | None = Field(None, description="where the issuer's public keys are; https, except in the sandbox and on the same machine")
+    jwks_algorithms: tuple[Literal["RS256", "ES256"], ...] = Field(("RS256", "ES256"), min_length=1, description="what those keys may be for")
+    jwks_ttl_s: float = Field(300.0, ge=10, description="how long fetched keys are used without asking again")
+    jwks_stale_s: float = Field(3600.0, ge=0, description="how much longer they are used while the URL does not answer")
     issuer: str = Field("paystream", description="what a token's `iss` has to be")
     audience: str = Field("paystream-api", description="what a token's `aud` has to be")
 

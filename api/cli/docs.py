@@ -7,6 +7,7 @@ Flow: README.md, docs/ -> markers -> PARTS[name]() -> the same page, refreshed.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -167,6 +168,8 @@ def _words(schema: Mapping[str, Any]) -> str:
             return ", ".join(f"`{choice}`" for choice in choices)
         case {"anyOf": [some, {"type": "null"}]}:
             return _words(some)
+        case {"type": "array", "items": {"enum": _} as choices}:
+            return f"JSON list of {_words(choices)}"
         case {"type": "array", "items": items}:
             return f"JSON list of {_words(items)}s"
         case {"format": "password"}:
@@ -187,7 +190,8 @@ def _words(schema: Mapping[str, Any]) -> str:
 
 def _default_of(field: FieldInfo) -> str:
     default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
-    return f"`{default}`" if default not in (None, "", ()) else ""
+    written = json.dumps(default) if isinstance(default, tuple) else default  # as the environment takes a list
+    return f"`{written}`" if default not in (None, "", ()) else ""
 
 
 # ── The command line ──

@@ -31,11 +31,11 @@ def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in CLAIMS.items() if key != name}
 
 
-def test_a_token_of_ours_is_believed() -> None:
+async def test_a_token_of_ours_is_believed() -> None:
     issued = TOKENS.issue("u1", ["admin", "analyst"], timedelta(minutes=1))
-    assert TOKENS.principal(f"Bearer {issued}") == Principal("u1", frozenset({"admin", "analyst"}))
-    assert TOKENS.principal(signed(CLAIMS)) == Principal("u1", frozenset({"admin"}))
-    assert TOKENS.principal(signed(without("roles")).replace("Bearer", "bearer")) == Principal("u1", frozenset())
+    assert await TOKENS.principal(f"Bearer {issued}") == Principal("u1", frozenset({"admin", "analyst"}))
+    assert await TOKENS.principal(signed(CLAIMS)) == Principal("u1", frozenset({"admin"}))
+    assert await TOKENS.principal(signed(without("roles")).replace("Bearer", "bearer")) == Principal("u1", frozenset())
 
 
 def _part(document: Mapping[str, Any]) -> str:
@@ -68,9 +68,9 @@ def _part(document: Mapping[str, Any]) -> str:
         signed({**CLAIMS, "roles": [1]}),
     ],
 )
-def test_others_are_not_believed(header: str | None) -> None:
+async def test_others_are_not_believed(header: str | None) -> None:
     with pytest.raises(Problem) as raised:
-        TOKENS.principal(header)
+        await TOKENS.principal(header)
     assert raised.value.kind == "unauthorized"
     assert raised.value.headers["WWW-Authenticate"].startswith("Bearer")
 

@@ -61,12 +61,13 @@ async def test_it_starts_with_everything_away_and_says_what_is_missing(settings:
             "schema_registry": SchemaRegistry(url=f"http://127.0.0.1:{nothing}"),
             "database": Database(url=SecretStr(f"postgresql://nobody@127.0.0.1:{nothing}/nothing")),
             "redis": Redis(url=SecretStr(f"redis://127.0.0.1:{nothing}/0")),
+            "auth": settings.auth.model_copy(update={"jwks_url": f"http://127.0.0.1:{nothing}/jwks.json"}),
         }
     )
     program = start("api", settings=away, wait=False)
     answer = await _first_answer(client, program, "/readyz?verbose")
     assert answer.status_code == 503
-    assert answer.json() == {"status": "not ready", "parts": dict.fromkeys(("postgres", "kafka", "registry", "redis"), "down")}
+    assert answer.json() == {"status": "not ready", "parts": dict.fromkeys(("postgres", "kafka", "registry", "redis", "issuer"), "down")}
     assert (await client.get("/livez")).status_code == 200
     refused = await client.post("/api/v1/payments/process", json=dict(BODY))
     assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
@@ -74,15 +75,18 @@ async def test_it_starts_with_everything_away_and_says_what_is_missing(settings:
     assert program.exit_code == 0
 
 
-@pytest.mark.parametrize("secret", ["", "too short"])
-def test_it_does_not_start_without_a_secret(settings: Settings, start: StartProgram, secret: str) -> None:
-    program = start("api", settings=settings, wait=False, PAYSTREAM_AUTH__JWT_SECRET=secret)
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("PAYSTREAM_AUTH__JWT_SECRET", ""), ("PAYSTREAM_AUTH__JWT_SECRET", "too short"), ("PAYSTREAM_AUTH__JWKS_URL", "ftp://issuer.example/jwks.json")],
+)
+def test_it_does_not_start_without_what_tokens_are_verified_with(settings: Settings, start: StartProgram, setting: str, value: str) -> None:
+    program = start("api", settings=settings, wait=False, **{setting: value})
     deadline = time.monotonic() + 30
     while program.running:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert program.exit_code == 2
-    assert "PAYSTREAM_AUTH__JWT_SECRET" in program.log.read_text()
+    assert setting in program.log.read_text()
 
 
 async def test_a_2xx_means_that_it_is_on_kafka(settings: Settings, start: StartProgram, client: httpx2.AsyncClient) -> None:

@@ -24,10 +24,10 @@ def run(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_it_prints_a_token_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_it_prints_a_token_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--user", "u1", "--role", "admin", "--role", "analyst", "--ttl", "30m") == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert Tokens(Auth(jwt_secret=SecretStr(SECRET))).principal(f"Bearer {line}") == Principal("u1", frozenset({"admin", "analyst"}))
+    assert await Tokens(Auth(jwt_secret=SecretStr(SECRET))).principal(f"Bearer {line}") == Principal("u1", frozenset({"admin", "analyst"}))
 
 
 def test_in_production_it_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,7 @@ async def opened_world(database: Settings, stripe: Stripe = _STRIPE, **api: Any)
             claims=redis.Claims(line, settings.prefix),
             outcomes=outcomes,
             gateways={"stripe": gateway},
+            issuer=None,
             parts=(part("postgres", needed=True), part("kafka", needed=True), part("registry", needed=True), part("redis", needed=False)),
         )
         app = create_app(deps)
