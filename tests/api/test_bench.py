@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from api.cli.bench.figures import goals, report
@@ -19,6 +22,7 @@ from api.cli.bench.load import Load
 from api.cli.bench.phases import Measured, Plan, Sustained
 from infra.local.client import Answer
 from infra.local.home import Home
+from infra.local.stack import Stack
 from schemas.errors import PaystreamError
 
 PLAN = Plan(seconds=20)
@@ -158,3 +162,56 @@ def test_a_short_run_measures_everything_and_leaves_nothing_running(folder: Path
     assert 0 < figures["serial_agent_payments_per_s"] < 10 < figures["intake_max_rps"], "two calls of 0.1 s each, one payment after the other"
     assert 8 < figures["payments_per_s"] < 12
     assert [name for name, record in Home(folder).read_state().records.items() if record.identity and record.identity.process()] == []
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_whoever_ends_it_before_its_end_gets_the_payments_worker_back(folder: Path) -> None:
+    stack = Stack(folder)
+    stack.start(leash=True)
+    try:
+        before = gateway_settings(stack)
+        assert end_with_the_serial_agent_at_work(stack, signal.SIGTERM) == 130
+        assert gateway_settings(stack) == before
+        assert worker_is_back(stack)
+        assert end_with_the_serial_agent_at_work(stack, signal.SIGKILL) == -signal.SIGKILL
+        until(lambda: worker_is_back(stack), "the supervisor has started the worker again")
+    finally:
+        stack.stop()
+
+
+def end_with_the_serial_agent_at_work(stack: Stack, how: signal.Signals) -> int:
+    """The exit status of a benchmark that got the signal while a plain agent was in the worker's place, once that agent has ended too."""
+    command = (sys.executable, "-m", "api.cli.main", "bench", "--seconds", "4", "--rate", "10", "--latency", "0.2", "--dir", str(stack.home.path))
+    bench = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    agents: list[psutil.Process] = []
+
+    def agent_is_there() -> bool:
+        agents.extend(child for child in psutil.Process(bench.pid).children() if "api.cli.bench.serial_worker" in child.cmdline())
+        return bool(agents)
+
+    try:
+        until(agent_is_there, "the serial agent is started")
+        bench.send_signal(how)
+        status: int = bench.wait(60)
+    finally:
+        bench.kill()
+    _, alive = psutil.wait_procs(agents, timeout=20)
+    assert not alive
+    return status
+
+
+def worker_is_back(stack: Stack) -> bool:
+    return next(standing.healthy for standing in stack.status() if standing.name == "worker-payments")
+
+
+def gateway_settings(stack: Stack) -> Any:
+    with urllib.request.urlopen(f"{stack.addresses()['sandbox']}/_sandbox/settings", timeout=5) as answer:
+        return json.load(answer)
+
+
+def until(condition: Callable[[], bool], what: str, within_s: float = 90) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)

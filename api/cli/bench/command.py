@@ -1,6 +1,7 @@
 """`paystream bench` as a command: a stack, its figures, and how they are shown.
 
 Rule: figures, no verdict: the exit status tells whether they could be measured. They are written to `bench.json` in the stack's folder as well.
+SIGTERM does what Ctrl-C does: the sandbox and the payments worker are put back.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +47,7 @@ def bench(
 
     Example: paystream bench --seconds 20 --rate 40
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console, plan = Console(stderr=True), Plan(seconds=seconds, sustained_rate=rate, latency_s=latency)
     with borrowed_stack(folder, console, keep=sys.stdout.isatty() and not as_json) as stack:
         figures = report(asyncio.run(_measured(stack, plan, console)), plan)

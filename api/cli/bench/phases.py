@@ -8,6 +8,7 @@ Flow: warm-up -> intake -> overhead -> sustained -> flat out -> serial agent -> 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -174,7 +175,7 @@ class Bench:
         url = f"http://127.0.0.1:{home.ports['worker_payments']}"
         serial = Program(
             name="serial-worker",
-            command=(sys.executable, "-m", "api.cli.bench.serial_worker"),
+            command=(sys.executable, "-m", "api.cli.bench.serial_worker", str(os.getpid())),
             log=home.log("serial-worker"),
             ready=partial(http_answers, f"{url}/readyz"),
             url=url,
