@@ -172,9 +172,9 @@ class _Server(uvicorn.Server):
         self._intake = intake
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        log.info("ending", signal=signal.Signals(sig).name)
-        self._intake.stop_waiting()
         super().handle_exit(sig, frame)
+        self._intake.stop_waiting()
+        log.info("ending", signal=signal.Signals(sig).name)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

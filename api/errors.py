@@ -69,7 +69,11 @@ PROBLEMS: Final[Mapping[str, Kind]] = {
     ),
     "method_not_allowed": Kind(405, "The path does not take this method", "See the `Allow` header."),
     "request_in_flight": Kind(
-        409, "The first request with this key is not answered yet", "Wait as `Retry-After` says and send the same request again.", True, 1
+        409,
+        "The first request with this key is not answered yet",
+        "Wait as `Retry-After` says and send the same request again. If the process that took the first one has died, this lasts for 30 s.",
+        True,
+        1,
     ),
     "command_refused": Kind(409, "The command was refused", "The code and the detail say why. Nothing has changed."),
     "body_too_large": Kind(413, "The body is too large", "Send less: the detail says how much is taken."),

@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import MutableMapping
-from typing import Any, Final, NoReturn, TextIO
+from contextlib import suppress
+from typing import Any, Final, NoReturn, TextIO, cast
 
 import orjson
 import structlog
@@ -30,9 +31,27 @@ _CHATTY: Final = ("processors", "faust", "mode", "aiokafka", "asyncio", "uvicorn
 _log: Final = structlog.get_logger()
 
 
+class _Unfailing:
+    """A stream whose reader may go away: what can't be written is lost, and whoever logs goes on with the payment."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
 def configure(settings: Settings, stream: TextIO | None = None) -> None:
     """Send all logs of this process to `stream` (stdout), as `settings.log` says."""
-    out = stream or sys.stdout
+    out = cast(TextIO, _Unfailing(stream or sys.stdout))
     text = settings.log.format == "text" or (settings.log.format == "auto" and out.isatty())
     level = logging.getLevelNamesMapping()[settings.log.level]
 

@@ -110,10 +110,16 @@ def _not_loaded() -> None:
     """Stands in the list of commands for one that was not asked for."""
 
 
-def _global_options(version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"paystream {metadata.version('paystream')}")
         raise typer.Exit
+
+
+def _global_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_print_version)] = False,
+) -> None:
+    """What comes before a command."""
 
 
 def _fail(message: str, status: int) -> None:

@@ -125,6 +125,8 @@ def explained(error: Exception, gateway_id: str | None) -> Explained:
     if status == 402 and told:
         intent = told.get("payment_intent") or {}
         return Explained(Declined(gateway_id=intent.get("id") or gateway_id, failure=failure_told(told)))
+    if status in (413, 414, 431):
+        return Explained(Refused(gateway_id=gateway_id, failure=_refusal(told)))  # too large to be read, so it was not
     if status in (400, 404) and told:
         return Explained(_state_in_the_way(told, gateway_id) or Refused(gateway_id=gateway_id, failure=_refusal(told)))
     return Explained(Unknown(gateway_id=gateway_id, detail=detail))

@@ -34,7 +34,7 @@ from infra.sandbox.storage import Storage
 from infra.sandbox.webhooks import Webhooks
 from schemas.errors import BadConfiguration
 
-MAX_BODY_BYTES: Final = 64 * 1024
+MAX_BODY_BYTES: Final = 512 * 1024
 _SHUTDOWN_S: Final = 5.0
 _FORGET_EVERY_S: Final = 3600.0
 

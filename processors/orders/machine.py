@@ -5,7 +5,8 @@ Flow: handler loads Order -> react(order, payment event, now) -> events -> store
 
 An order may see several payments: one fails and another is opened, or an old one is paid after all because somebody still had its client secret. So:
 the first payment that completes pays the order, whichever it is, as the payments group gives every later capture back. A payment that is opened or
-tried again becomes the order's payment. An end without money (failed, cancelled) moves the order only if it is the end of the order's payment.
+tried again becomes the order's payment, and opens a cancelled order again. An end without money (failed, cancelled) moves the order only if it is the
+end of the order's payment.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ TRANSITIONS: Final[Mapping[OrderStatus, Mapping[type[PaymentEvent], OrderStatus]
         PaymentCancelled: CANCELLED,
     },
     PENDING: {},
-    CANCELLED: {},
+    CANCELLED: {
+        PaymentInitiated: PAYMENT_PENDING,  # its customer pays after all, by a payment of its own
+    },
 }
 """What is not listed leaves the order as it is."""
 

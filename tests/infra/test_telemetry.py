@@ -83,6 +83,16 @@ def test_text_for_people(out: io.StringIO) -> None:
     assert "12345678" not in out.getvalue()
 
 
+def test_nobody_reads_the_log_any_more_and_nobody_who_logs_is_stopped(out: io.StringIO) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    telemetry.configure(Settings(), Gone())
+    structlog.get_logger().info("hello")
+    logging.getLogger("library").warning("hello")
+
+
 def test_a_process_that_can_not_go_on_says_why_and_ends_with_70() -> None:
     program = "from infra import telemetry, settings; telemetry.configure(settings.Settings()); telemetry.end_process(ValueError('broken'))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)

@@ -95,6 +95,20 @@ async def test_a_part_of_what_is_held_is_captured(shop: Shop) -> None:
     assert await shop.charged(order) == {order: [500]}
 
 
+async def test_an_order_whose_payment_was_cancelled_is_paid_by_another(shop: Shop) -> None:
+    order = shop.order()
+    held = await shop.pay(order, capture_method="manual")
+    refused = await shop.pay(order)
+    assert (refused.status, refused.body["code"]) == (409, "order_has_payment")
+    cancelled = await shop.post(f"/payments/{held.body['payment_id']}/cancel")
+    assert (cancelled.status, cancelled.body["status"]) == (200, "CANCELLED")
+    paid = await shop.pay(order, key="again")
+    assert (paid.status, paid.body["status"]) == (200, "COMPLETED")
+    told = [PLACED, "ORDER_CANCELLED CANCELLED", "ORDER_STATUS_CHANGED PAYMENT_PENDING", CREATED]
+    assert await shop.order_story(order, until="PENDING") == told
+    assert await shop.charged(order) == {order: [0, 1999]}, "the hold took nothing"
+
+
 @pytest.mark.parametrize("held", [True, False], ids=["a hold", "an intent"])
 async def test_what_is_cancelled_is_void_at_the_gateway(shop: Shop, held: bool) -> None:
     order = shop.order()

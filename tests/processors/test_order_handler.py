@@ -77,11 +77,20 @@ async def test_a_crash_after_each_commit_changes_nothing(store: MemoryOrderStore
     assert told(store) == ["ORDER_PLACED", "ORDER_STATUS_CHANGED", "ORDER_STATUS_CHANGED", "ORDER_CREATED"]
 
 
-async def test_money_for_a_cancelled_order_changes_nothing_and_is_noticed(store: MemoryOrderStore) -> None:
-    before = count("paystream_orders_unwanted_captures_total", status="CANCELLED")
+async def test_a_cancelled_order_is_opened_again_by_another_payment(store: MemoryOrderStore) -> None:
     await deliver(store, initiated(), cancelled(2), initiated(payment_id=OTHER_ID))
+    assert store.orders[ORDER_ID].status is OrderStatus.PAYMENT_PENDING
+    await deliver(store, completed(3, payment_id=OTHER_ID))
+    assert (store.orders[ORDER_ID].status, store.orders[ORDER_ID].payment_id) == (OrderStatus.PENDING, OTHER_ID)
+    assert told(store) == ["ORDER_PLACED", "ORDER_CANCELLED", "ORDER_STATUS_CHANGED", "ORDER_CREATED"]
+
+
+async def test_money_for_a_cancelled_order_changes_nothing_and_is_noticed(store: MemoryOrderStore) -> None:
+    """As when the browser still had the cancelled payment's client secret: the payments group gives it back."""
+    before = count("paystream_orders_unwanted_captures_total", status="CANCELLED")
+    await deliver(store, initiated(), cancelled(2))
     with capture_logs() as lines:
-        await deliver(store, completed(3, payment_id=OTHER_ID))
+        await deliver(store, completed(3))
     assert store.orders[ORDER_ID].status is OrderStatus.CANCELLED
     assert told(store) == ["ORDER_PLACED", "ORDER_CANCELLED"]
     assert [(line["log_level"], line["order_status"]) for line in lines] == [("warning", "CANCELLED")]

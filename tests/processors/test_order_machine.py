@@ -78,7 +78,7 @@ EXPECTED: Final[dict[OrderStatus, tuple[dict[str, OrderStatus], dict[str, OrderS
         {"initiated": OrderStatus.PAYMENT_PENDING, "processing": OrderStatus.PAYMENT_PENDING, "completed": OrderStatus.PENDING},
     ),
     OrderStatus.PENDING: ({}, {}),
-    OrderStatus.CANCELLED: ({}, {}),
+    OrderStatus.CANCELLED: ({}, {"initiated": OrderStatus.PAYMENT_PENDING}),
 }
 
 

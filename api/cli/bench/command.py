@@ -39,7 +39,7 @@ def bench(
         float, typer.Option("--seconds", min=4, max=3600, help="Of the sustained load; the others take a part of it.")
     ] = _DEFAULT.seconds,
     rate: Annotated[float, typer.Option("--rate", min=1, max=1000, help="Payments a second of the sustained load.")] = _DEFAULT.sustained_rate,
-    latency: Annotated[float, typer.Option("--latency", min=0, max=5, help="Seconds that each call of the gateway takes.")] = _DEFAULT.latency_s,
+    latency: Annotated[float, typer.Option("--latency", min=0, max=2, help="Seconds that each call of the gateway takes.")] = _DEFAULT.latency_s,
     folder: Folder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
 ) -> None:

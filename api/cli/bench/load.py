@@ -38,7 +38,7 @@ class Load:
     async def at_rate(self, rate: float, seconds: float) -> None:
         """`rate` requests a second, evenly; returns when all are answered."""
         begun = time.perf_counter()
-        async with _together() as requests:
+        async with ending_together() as requests:
             for number in range(max(1, round(rate * seconds))):
                 due = begun + number / rate
                 await asyncio.sleep(due - time.perf_counter())
@@ -47,7 +47,7 @@ class Load:
     async def together(self, count: int) -> None:
         """So many at once."""
         now = time.perf_counter()
-        async with _together() as requests:
+        async with ending_together() as requests:
             for _ in range(count):
                 requests.create_task(self._pay(now))
 
@@ -59,7 +59,7 @@ class Load:
             while (now := time.perf_counter()) < ends:
                 await self._pay(now)
 
-        async with _together() as requests:
+        async with ending_together() as requests:
             for _ in range(callers):
                 requests.create_task(one_after_another())
 
@@ -73,10 +73,10 @@ class Load:
 
 
 @asynccontextmanager
-async def _together() -> AsyncIterator[asyncio.TaskGroup]:
-    """Requests that end together: the first that fails ends the others, and is what is raised."""
+async def ending_together() -> AsyncIterator[asyncio.TaskGroup]:
+    """Tasks that end together: the first that fails ends the others, and is what is raised."""
     try:
-        async with asyncio.TaskGroup() as requests:
-            yield requests
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from api.cli.bench.load import Accepted, Load
+from api.cli.bench.load import Accepted, Load, ending_together
 from api.cli.bench.outcomes import Outcomes
 from api.cli.bench.processes import Processes
 from infra.local.client import Bank, Caller, Session, scraped
@@ -50,7 +50,7 @@ class Plan:
     @property
     def settled_s(self) -> float:
         """When the sustained load has filled the pipeline: what comes later is compared with what was then."""
-        return self.seconds / 4
+        return max(self.seconds / 4, min(3 * self.latency_s, self.seconds / 2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +137,10 @@ class Bench:
         processes, load = Processes(self.stack), self._load("sustained")
         memory: list[dict[str, float]] = []
         cpu_before, begun = processes.cpu_s(), time.perf_counter()
-        sampling = asyncio.create_task(self._sample(processes, memory))
-        try:
+        async with ending_together() as beside:
+            sampling = beside.create_task(self._sample(processes, memory))
             await load.at_rate(plan.sustained_rate, plan.seconds)
             await self._drained(load)
-        finally:
             sampling.cancel()
         cpu = processes.cpu_s()
         due = [payment.due - begun for payment in load.accepted]
@@ -161,7 +160,7 @@ class Bench:
 
     async def _flat_out(self, seconds: float) -> float:
         """The most that the intake accepts in a second."""
-        self.tell(f"flat out: {_FLAT_OUT_CALLERS} callers for {seconds:.0f} s")
+        self.tell(f"flat out: {_FLAT_OUT_CALLERS} callers for {seconds:g} s")
         load, begun = self._load("flat out"), time.perf_counter()
         await load.flat_out(_FLAT_OUT_CALLERS, seconds)
         rate = len(load.accepted) / (time.perf_counter() - begun)

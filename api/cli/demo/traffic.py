@@ -147,6 +147,7 @@ STORIES: Final[dict[str, Story]] = {
 }
 
 _SHARES: Final = {
+    "repeated request": 6,  # the first is always there, and this is what D2 is checked on
     "card": 44,
     "decline": 8,
     "decline, other card": 6,
@@ -154,7 +155,6 @@ _SHARES: Final = {
     "hold, then capture": 10,
     "cancel": 6,
     "3-D Secure": 6,
-    "repeated request": 6,
     "lost answer": 6,
 }
 
