@@ -176,3 +176,13 @@ def test_a_state_in_the_way_is_told_unless_it_says_that_nothing_happened() -> No
     assert isinstance(refused(intent("succeeded", amount_received=1999, latest_charge="ch_1")), Captured)
     assert isinstance(refused(intent("canceled")), Voided)
     assert isinstance(refused(intent("requires_payment_method")), Refused)
+
+
+@pytest.mark.parametrize("status", [413, 414, 431])
+@pytest.mark.parametrize("body", [None, {"error": {"type": "invalid_request_error", "message": "Request too large."}}], ids=["a proxy", "Stripe"])
+def test_what_is_too_large_to_be_read_is_refused_and_not_tried_again(status: int, body: dict[str, Any] | None) -> None:
+    told = explained(stripe.APIError("too large", None, status, body), "pi_1")  # type: ignore[no-untyped-call]
+    assert isinstance(told.observation, Refused)
+    assert told.observation.gateway_id == "pi_1"
+    assert told.observation.failure.advice == "contact_support"
+    assert told.blame is None
